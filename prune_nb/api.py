@@ -36,14 +36,18 @@ class Result:
         "Largest relative difference between `model` and the masked original; `VerificationError` past the tolerance. Training `model` makes it another function."
         return verify(self.model, self.masked, self.example, tolerance)
 
-    def _repr_html_(self): return f"<p>equal to the masked original to {self.difference:.1e}</p>{self.report._repr_html_()}"
+    def _repr_html_(self):
+        costly = self.report[self.report.macs_before > 0].drop(columns="type")
+        formats = {c: "{:.1%}" for c in costly if c.endswith("_kept") and "puts" not in c} | {c: "{:,}" for c in costly if c.endswith(("_before", "_after"))}
+        text = {c: costly[c].map(lambda v: "" if pd.isna(v) else formats.get(c, "{:.3g}" if isinstance(v, float) else "{}").format(v)) for c in costly}
+        return f"<p>Largest relative difference from the masked original: {self.difference:.1e}. Layers with multiply-accumulates:</p>{pd.DataFrame(text).to_html()}"
 
 # %% ../nbs/api.ipynb #06830b03
 def report(model:nn.Module, small:nn.Module, plan:Plan, example) -> pd.DataFrame:
     "A row per layer: parameters and multiply-accumulates before and after, directions kept, form, predicted rise of the loss."
     table = compare(model, small, example).set_index("layer")
     for column, value in dict(outputs_kept=lambda l: len(l.rows), inputs_kept=lambda l: len(l.cols), form=lambda l: l.form, predicted_loss_change=lambda l: l.predicted).items():
-        table[column] = [value(plan.layers[n]) if n in plan.layers else None for n in table.index]
+        table[column] = pd.Series([value(plan.layers[n]) if n in plan.layers else None for n in table.index], table.index, dtype=object)
     return table
 
 # %% ../nbs/api.ipynb #9f916822

@@ -7,6 +7,7 @@ __all__ = ['KEPT', 'REMOVED', 'TRAIN', 'VALIDATION', 'NEUTRAL', 'SIDES', 'use_in
            'ranks_kept', 'predicted_measured']
 
 # %% ../nbs/figures.ipynb #34aa1ce5
+import math
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
@@ -44,12 +45,12 @@ def training_curve(rows,         # lines of a run's `metrics.jsonl`
 SIDES = (("outputs", "out_values", "rows", "circle"), ("inputs", "in_values", "cols", "diamond"))
 
 # %% ../nbs/figures.ipynb #23c1929e
-def _spectrum(values, kept, side, symbol, show) -> list:
+def _spectrum(values, kept, side, symbol) -> list:
     "Two traces: kept and removed directions of one side of a layer."
     kept, relative = set(kept), (values / values.max().clamp_min(1e-30)).clamp_min(1e-9).tolist()
     def trace(name, colour, chosen):
         at = [i for i in range(len(relative)) if (i in kept) == chosen]
-        return go.Scatter(x=[i / max(1, len(relative) - 1) for i in at], y=[relative[i] for i in at], mode="markers", name=f"{side}, {name}", legendgroup=f"{side}{name}", showlegend=show,
+        return go.Scatter(x=[i / max(1, len(relative) - 1) for i in at], y=[relative[i] for i in at], mode="markers", name=f"{side}, {name}", legendgroup=f"{side}{name}",
                           marker=dict(color=colour, symbol=symbol if chosen else f"{symbol}-open", size=5), customdata=at, hovertemplate=side[:-1] + " direction %{customdata}: %{y:.2e} of the largest<extra></extra>")
     return [trace("kept", KEPT, True), trace("removed", REMOVED, False)]
 
@@ -61,12 +62,17 @@ def spectra(scores,       # `Scores`
     "Eigenvalues of both K-FAC factors of every layer, relative to the largest (below 1e-9: drawn there), with kept and removed directions. A layer that the plan leaves as it is keeps all."
     rows = -(-len(scores.layers) // columns)
     fig = make_subplots(rows, columns, subplot_titles=list(scores.layers), shared_yaxes=True, vertical_spacing=min(.08, .4 / rows), horizontal_spacing=.02)
+    shown, lowest = set(), 0.
     for n, (name, layer) in enumerate(scores.layers.items()):
         for side, values, kept, symbol in SIDES:
             v = getattr(layer, values)
             keep = getattr(plan.layers[name], kept) if plan and name in plan.layers else range(len(v))
-            for trace in _spectrum(v, keep, side, symbol, n == 0): fig.add_trace(trace, n // columns + 1, n % columns + 1)
-    fig.update_yaxes(type="log", range=[-9.3, .3], exponentformat="power", dtick=3).update_xaxes(showticklabels=False, range=[-.05, 1.05])
+            for trace in _spectrum(v, keep, side, symbol):
+                if not trace.x: continue
+                fig.add_trace(trace.update(showlegend=trace.name not in shown), n // columns + 1, n % columns + 1)
+                shown.add(trace.name)
+                lowest = min(lowest, math.log10(min(trace.y)))
+    fig.update_yaxes(type="log", range=[lowest - .5, .5], exponentformat="power", nticks=4).update_xaxes(showticklabels=False, range=[-.05, 1.05])
     fig.update_annotations(font_size=11)
     fig = _styled(fig, "Eigenvalues of the curvature, largest first, relative to the largest", height=130 + 130 * rows)
     return fig.update_layout(legend_y=1 + 60 / (130 * rows), margin_t=100)
@@ -81,7 +87,7 @@ def ranks_kept(scores, plan) -> go.Figure:
         fig.add_trace(go.Bar(x=list(scores.layers), y=[100 * a / b for a, b in zip(n, total)], name=f"{side} kept", text=[f"{a}/{b}" for a, b in zip(n, total)],
                              marker_color=KEPT if kept == "rows" else VALIDATION, textposition="outside", textangle=-90, textfont_size=10, cliponaxis=False))
     fig.update_yaxes(title="% of directions", range=[0, 125], tickvals=[0, 25, 50, 75, 100])
-    return _styled(fig, "Directions kept of every layer", height=420, barmode="group", bargap=.25)
+    return _styled(fig, "Directions kept of every layer", height=440, barmode="group", bargap=.25, uniformtext=dict(minsize=9, mode="show"))
 
 # %% ../nbs/figures.ipynb #358e12c9
 def predicted_measured(table:pd.DataFrame) -> go.Figure:

@@ -8,9 +8,10 @@ __all__ = ['STAGE', 'RESULT', 'project_root', 'params_hash', 'versions', 'Run', 
            'keep_notebook']
 
 # %% ../nbs/runs.ipynb #d7b4c496
-import contextlib, hashlib, json, platform, shutil, sys, time
+import contextlib, hashlib, json, platform, shutil, time
+from importlib.metadata import version
 from pathlib import Path
-import pandas as pd, torch, torchvision
+import pandas as pd, torch
 from filelock import FileLock, Timeout
 from . import __version__
 from .core import UserError, save_json, write_atomic
@@ -29,8 +30,8 @@ def params_hash(params:dict) -> str:
 # %% ../nbs/runs.ipynb #5e416585
 def versions() -> dict:
     "What the numbers of a run may depend on besides its parameters."
-    return dict(prune_nb=__version__, python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__,
-                platform=platform.platform(), threads=torch.get_num_threads())
+    return dict(prune_nb=__version__, python=platform.python_version(), torch=torch.__version__, torchvision=version("torchvision"),
+                machine=f"{platform.system()} {platform.machine()}", threads=torch.get_num_threads())
 
 # %% ../nbs/runs.ipynb #3be453c9
 class Run:

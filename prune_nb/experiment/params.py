@@ -70,7 +70,7 @@ def given(cls, namespace:dict) -> dict:
 
 # %% ../../nbs/experiment/params.ipynb #accae78f
 RECIPES = {
-    "pretrain": {"digits":   dict(epochs=40, lr=.1, lr_schedule="one_cycle", weight_decay=5e-4, batch_size=64),
+    "pretrain": {"digits":   dict(epochs=40, lr=.1, lr_schedule="one_cycle", weight_decay=5e-3, batch_size=64),
                  "cifar10":  dict(epochs=30, lr=.2, lr_schedule="one_cycle", weight_decay=5e-4, batch_size=128),
                  "cifar100": dict(epochs=60, lr=.1, lr_schedule="one_cycle", weight_decay=5e-4, batch_size=128)},
     "prune":    {"digits":   dict(epochs=30, lr=.02, lr_schedule="one_cycle", batch_size=64, samples=1257),
@@ -161,7 +161,7 @@ class PruneParams(Places):
     samples: int = param(None, "training images for the curvature; None: the recipe's", positive())
     seed: int = param(0, "random seed", (lambda v: v >= 0, "0 or more"))
     device: str = param("auto", "auto | cpu | cuda | cuda:N")
-    preset: str = param("", f"published experiment that sets the rest: {' | '.join(PRESETS)}", ["", *PRESETS])
+    preset: str = param("", "published experiment that sets the rest, as eigendamage-vgg19-cifar100", ["", *PRESETS])
     data_dir: str = param("", "folder that holds the data set's own folder; empty: data/ of the project")
     runs_dir: str = param("", "folder of all runs; empty: runs/ of the project")
     run_name: str = param("", "name of the run's folder; empty: made from the parameters")

@@ -18,7 +18,7 @@ from ..criteria.core import load_scores, save_scores, score
 from ..criteria.oracle import layer_oracle
 from .baseline import experiment_data, new_model, pretrain, shipped
 from .params import PruneParams, torch_device
-from ..profile import count_macs, count_params, latency_ms
+from ..profile import count_macs, count_params, latencies_ms
 from ..runs import STAGE, discarded_on_error, log, open_run, read_metrics, rewind, save_result, timed
 from ..surgery.export import load, load_weights, save
 from ..surgery.plan import save_plan
@@ -46,11 +46,14 @@ class Experiment:
         given_checkpoint(params, self.data)
         self.stages, self.history = {}, []
 
-    def measured(self, model, latency=None) -> dict:
-        "What `result.json` says of a stage; latency in milliseconds for a batch of `LATENCY_BATCH`."
-        batch = next(iter(self.data.test))[0][:LATENCY_BATCH]
-        return dict(**evaluate(model, self.data.test), params=count_params(model), macs=count_macs(model, self.data.example),
-                    latency_ms=latency_ms(model, batch) if latency is None else latency)
+    def measured(self, model) -> dict:
+        "What `result.json` says of a stage, but for its latency."
+        return dict(**evaluate(model, self.data.test), params=count_params(model), macs=count_macs(model, self.data.example))
+
+    def time_both(self):
+        "Milliseconds for a batch of `LATENCY_BATCH`, dense and pruned network in turns. The fine-tuned network is the pruned one with other weights."
+        dense, small = latencies_ms([self.model, self.result.model], next(iter(self.data.test))[0][:LATENCY_BATCH])
+        for stage, ms in (("baseline", dense), ("pruned", small), ("finetuned", small)): self.stages.setdefault(stage, {})["latency_ms"] = ms
 
     def baseline(self) -> nn.Module:
         "The trained network."
@@ -65,11 +68,12 @@ class Experiment:
 
     def prune(self) -> Result:
         "Scores, plan and the smaller network."
-        with discarded_on_error(self.run) as run, timed(run, "prune"):
+        with discarded_on_error(self.run) as run:
             self.scores = self._scores()
-            plan = allocate(self.scores, self.params.ratio, self.params.of)
-            save_plan(plan, run.path("plan.json"))
-            self.result = operate(self.model, plan, self.scores, self.images, self.data.example)
+            with timed(run, "surgery"):
+                plan = allocate(self.scores, self.params.ratio, self.params.of)
+                save_plan(plan, run.path("plan.json"))
+                self.result = operate(self.model, plan, self.scores, self.images, self.data.example)
             self.stages["pruned"] = self.measured(self.result.model)
         return self.result
 
@@ -96,11 +100,12 @@ class Experiment:
                     fit(model, self.data.train, p.epochs, p.lr, self.data.val, p.lr_schedule, 1e-4, seed=p.seed, state=state,
                         on_epoch=lambda history: log(run, "finetune", **history[-1]), label="finetune")
                 save(model, run.folder)
-            self.stages["finetuned"] = self.measured(model, latency=self.stages["pruned"]["latency_ms"])
+            self.stages["finetuned"] = self.measured(model)
         return model
 
     def finish(self) -> dict:
         "Write `result.json`."
+        self.time_both()
         p, (loss, base) = self.params, (evaluate(m, self.images)["loss"] for m in (self.result.plan.masked(self.model), self.model))
         result = save_result(self.run, method=p.method, model=p.model, dataset=p.dataset, ratio=p.ratio, of=p.of, seed=p.seed, **self.stages,
                              predicted_loss_change=self.result.plan.predicted_loss_change, measured_loss_change=loss - base, device=str(torch_device(p.device)))
