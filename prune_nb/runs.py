@@ -69,13 +69,11 @@ def read_params(folder) -> dict:
     return json.loads((Path(folder) / "params.json").read_text())["params"]
 
 # %% ../nbs/runs.ipynb #ed5c8ac7
-def _resumable(folder, params) -> bool:
-    "Whether `folder` holds a run of `params`; a sentence on what differs when it holds another one."
-    if not (folder / "params.json").exists(): return False
+def _check_same(folder, params):
+    "A sentence on what differs when `folder` holds a run of other parameters."
     old = read_params(folder)
     changed = [f"{k} was {old.get(k)!r}, is {params.get(k)!r}" for k in {**old, **params} if old.get(k) != params.get(k)]
     if changed: raise UserError(f"Run {folder.name!r} cannot be resumed with other parameters: {'; '.join(changed)}. Use the old ones or another run_name.")
-    return True
 
 # %% ../nbs/runs.ipynb #75fae025
 def open_run(runs_dir,       # folder of all runs; made when missing
@@ -88,7 +86,10 @@ def open_run(runs_dir,       # folder of all runs; made when missing
     runs_dir = Path(runs_dir)
     try:
         runs_dir.mkdir(parents=True, exist_ok=True)
-        if resume and _resumable(runs_dir / id, params): return _claim(runs_dir / id, params, new=False)
+        if resume and (runs_dir / id).is_dir():
+            if not (runs_dir / id / "params.json").exists(): return _claim(runs_dir / id, params, new=True)   # killed before it was written
+            _check_same(runs_dir / id, params)
+            return _claim(runs_dir / id, params, new=False)
         for folder in [runs_dir / id] + [runs_dir / f"{id}-{n}" for n in range(2, 10_000)] * unique:
             try: folder.mkdir()
             except FileExistsError: continue
