@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['TENSORS', 'METHODS', 'LayerScores', 'Scores', 'save_scores', 'load_scores', 'scores_table', 'register', 'find_method',
-           'first_example', 'score']
+           'first_example', 'output_layer', 'score']
 
 # %% ../../nbs/criteria/core.ipynb #43496d04
 from dataclasses import dataclass, field
 import pandas as pd, torch
 from torch import nn
-from ..core import UserError, load_tensors, one_of, save_tensors
+from ..core import UserError, load_tensors, one_of, save_tensors, untouched
 from ..curvature.kfac import collect
-from ..profile import count_macs, count_params
+from ..profile import call, count_macs, count_params, device_of, to_device
 from ..surgery.factorize import LayerShape
 from ..surgery.plan import signature
 
@@ -99,6 +99,18 @@ def first_example(data):
     take = lambda x: x[:1] if isinstance(x, torch.Tensor) and x.dim() else {k: take(v) for k, v in x.items()} if isinstance(x, dict) else type(x)(map(take, x)) if isinstance(x, (tuple, list)) else x
     return take(next(iter(data))[0])
 
+# %% ../../nbs/criteria/core.ipynb #c4ed247f
+@torch.no_grad()
+def output_layer(model:nn.Module, names, example) -> str:
+    "The one of the layers `names` that runs last: what it gives are the outputs, whose directions are the classes."
+    last = []
+    hooks = [model.get_submodule(n).register_forward_hook(lambda *_, n=n: last.append(n)) for n in names]
+    try:
+        with untouched(model): call(model.eval(), to_device(example, device_of(model)))
+    finally:
+        for h in hooks: h.remove()
+    return last[-1]
+
 # %% ../../nbs/criteria/core.ipynb #4e90f499
 def score(model:nn.Module,
           data,               # iterable of (inputs, targets)
@@ -116,7 +128,7 @@ def score(model:nn.Module,
     for n in ignore: one_of("layer to ignore", n, names)
     stats = collect(model, data, a="channel", fisher=fisher, samples=samples, loss=loss, seed=seed, progress=progress)
     example, skipped = first_example(data), dict(stats.skipped) | {n: "ignored, as asked" for n in ignore}
-    if len(stats) > 1: skipped[list(stats)[-1]] = "the output layer"
+    if len(stats) > 1: skipped[output_layer(model, stats, example)] = "the output layer"
     layers = {k: criterion(model.get_submodule(k), s) for k, s in stats.items() if k not in skipped}
     if not layers: raise UserError(f"No layer is left to prune with {method!r}: {'; '.join(f'{k}: {why}' for k, why in skipped.items())}.")
     return Scores(method, layers, signature(model), count_params(model), count_macs(model, example), stats.examples, stats.loss, skipped)
