@@ -85,7 +85,7 @@ class Experiment:
         save_scores(scores, path)
         return scores
 
-    def oracle(self, examples=1024) -> pd.DataFrame:
+    def oracle(self, examples=512) -> pd.DataFrame:
         "Predicted and measured rise of the loss, layer by layer, on the first `examples` of the images that the scores are of."
         with discarded_on_error(self.run) as run, timed(run, "oracle"): return layer_oracle(self.model, self.result.plan, self.data.train.plain(min(self.params.samples, examples)))
 
