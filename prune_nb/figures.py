@@ -74,8 +74,9 @@ def spectra(scores,       # `Scores`
                 lowest = min(lowest, math.log10(min(trace.y)))
     fig.update_yaxes(type="log", range=[lowest - .5, .5], exponentformat="power", nticks=4).update_xaxes(showticklabels=False, range=[-.05, 1.05])
     fig.update_annotations(font_size=11)
-    fig = _styled(fig, "Eigenvalues of the curvature, largest first, relative to the largest", height=130 + 130 * rows)
-    return fig.update_layout(legend_y=1 + 60 / (130 * rows), margin_t=100)
+    height = 150 + 130 * rows
+    fig = _styled(fig, "Eigenvalues of the curvature, largest first, relative to the largest", height=height)
+    return fig.update_layout(margin_t=110, title=dict(y=1 - 15 / height, yanchor="top"), legend=dict(x=0, xanchor="left", y=1 + 35 / (130 * rows), yanchor="bottom"))
 
 # %% ../nbs/figures.ipynb #e6c9842c
 def ranks_kept(scores, plan) -> go.Figure:

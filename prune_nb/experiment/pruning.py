@@ -16,7 +16,7 @@ from ..api import Result, operate
 from ..core import derived_seed, load_tensors, save_tensors
 from ..criteria.core import load_scores, save_scores, score
 from ..criteria.oracle import layer_oracle
-from .baseline import experiment_data, new_model, pretrain, shipped
+from .baseline import experiment_data, new_model, pretrain, set_threads, shipped
 from .params import PruneParams, torch_device
 from ..profile import count_macs, count_params, latencies_ms
 from ..runs import STAGE, discarded_on_error, log, open_run, read_metrics, rewind, save_result, timed
@@ -44,6 +44,7 @@ class Experiment:
     def __init__(self, params:PruneParams):
         self.params, self.data = params, experiment_data(params)
         given_checkpoint(params, self.data)
+        set_threads(new_model(params, self.data), self.data, params.batch_size)
         self.stages, self.history = {}, []
 
     def measured(self, model) -> dict:
