@@ -6,7 +6,8 @@
 __all__ = ['Geometry', 'padding_of', 'geometry', 'as_images', 'padded', 'matrix_correlate', 'by_matrices', 'correlate',
            'channels_last', 'gradient_gram', 'reads', 'channel_gram', 'patches', 'positions', 'chunks', 'patch_gram',
            'left_out', 'leaves_out', 'line_pairs', 'offset_sums', 'from_offsets', 'pixel_gram', 'from_pixels',
-           'way_for', 'input_sums', 'assembled', 'patch_sum', 'with_one']
+           'way_for', 'input_sums', 'assembled', 'patch_sum', 'with_one', 'example_gradients', 'single_gradients',
+           'pair_squares', 'square_way', 'square_sums', 'rotated', 'turns_last', 'moment_sums']
 
 # %% ../../nbs/curvature/kernels.ipynb #5f3eebf6
 import itertools
@@ -48,8 +49,8 @@ def geometry(module:nn.Module) -> Geometry:
 # %% ../../nbs/curvature/kernels.ipynb #641a83de
 def as_images(x:torch.Tensor, # inputs or outputs of `module`, with or without a batch dimension
               module:nn.Module) -> torch.Tensor:
-    "`x` as examples x channels x rows x columns. Every vector of a linear layer is an image of one pixel."
-    if isinstance(module, nn.Linear): return x.reshape(-1, x.shape[-1], 1, 1)
+    "`x` as examples x channels x rows x columns. What a linear layer reads is a row of pixels: of an example all that lies between the first dimension and the last."
+    if isinstance(module, nn.Linear): return x.reshape(len(x) if x.ndim > 1 else 1, -1, x.shape[-1]).mT[:, :, None]
     axes = len(module.kernel_size)
     x = x.reshape(-1, *x.shape[-1 - axes:])
     return x[:, :, None] if axes == 1 else x
@@ -288,3 +289,91 @@ def with_one(S:torch.Tensor,     # groups x D x D
     "groups x D + 1 x D + 1: the same sum with a constant 1 behind every a."
     below = torch.cat([total, total.new_full((len(total), 1), count)], 1)[:, None]
     return torch.cat([torch.cat([S, total[:, :, None]], 2), below], 1)
+
+# %% ../../nbs/curvature/kernels.ipynb #12dafd7a
+def example_gradients(x:torch.Tensor, # N x C_in x H x W
+                      g:torch.Tensor, # N x C_out x positions..., gradients at the output
+                      geo:Geometry) -> torch.Tensor:
+    "N x C_out x D: the gradient of the weight, of every example alone, by one matrix product each."
+    plain = geo.taps == 1 and geo.stride == (1, 1) and not any(geo.padding)
+    a = x.unflatten(1, (geo.groups, -1)).flatten(3) if plain else patches(x, geo)
+    return (g.flatten(2).unflatten(1, (geo.groups, -1)) @ a.mT).flatten(1, 2)
+
+# %% ../../nbs/curvature/kernels.ipynb #f6d28bb4
+def single_gradients(x, g, geo):
+    "The same, one example after the other: yields C_out x C_in / groups x k_h x k_w."
+    x, geo = padded(x, geo)
+    left, right, top, bottom = geo.padding
+    if (left, top) != (right, bottom): x, left, top = F.pad(x, geo.padding), 0, 0
+    weight = x.new_empty(1).expand(g.shape[1], x.shape[1] // geo.groups, *geo.kernel)
+    for one, back in zip(x.split(1), g.split(1)):
+        yield torch.ops.aten.convolution_backward(back, one, weight, None, geo.stride, [top, left], geo.dilation, False, [0, 0], geo.groups, [False, True, False])[1]
+
+# %% ../../nbs/curvature/kernels.ipynb #0660ac0a
+def pair_squares(x, g, geo, limit=64e6) -> torch.Tensor:
+    "C_out x D: sum over examples and over pairs of positions p, q of g_p g_q (a_p a_q)^T, products entry by entry: the square of the sum over positions."
+    total, (h, w) = 0, g.shape[2:]
+    for some, back in zip(*(chunks(t, x.shape[1] * geo.taps * h * w, limit) for t in (x, g))):
+        a, b = patches(some, geo).permute(3, 1, 0, 2).contiguous(), back.flatten(2).unflatten(1, (geo.groups, -1)).permute(3, 1, 2, 0).contiguous()
+        for p, q in itertools.combinations_with_replacement(range(len(a)), 2): total = total + (b[p] * b[q]) @ (a[p] * a[q]) * (1 + (p != q))
+    return total.flatten(0, 1)
+
+# %% ../../nbs/curvature/kernels.ipynb #44937298
+def square_way(x, g, geo) -> str:
+    "`pairs` | `single` | `matrices`."
+    if g[0, 0].numel() <= (4 if len(x) >= 64 or geo.taps == 1 else 1): return "pairs"
+    return "matrices" if x.is_cuda or geo.taps == 1 else "single"
+
+# %% ../../nbs/curvature/kernels.ipynb #3cc77f6a
+def square_sums(calls:list, # (x, g) of every call of the layer: N x C_in x H x W and N x C_out x positions...
+                geo:Geometry,
+                way:str=None, # `square_way` when None
+                limit:float=32e6, # bytes of gradients held at a time
+                ) -> torch.Tensor:
+    "C_out x D: sum over examples of the squares of the gradient of the weight, which is the sum over the calls."
+    x, g = calls[0]
+    way = "matrices" if len(calls) > 1 else way or square_way(x, g, geo)
+    if way == "pairs": return pair_squares(x, g, geo)
+    total = x.new_zeros(g.shape[1], x.shape[1] // geo.groups * geo.taps)
+    if way == "single": gradients = (d.flatten(1)[None] for d in single_gradients(x, g, geo))
+    else:
+        each = total.numel() + x.shape[1] * geo.taps * g[0, 0].numel()
+        parts = zip(*(chunks(t, each, limit) for call in calls for t in call))
+        gradients = (sum(example_gradients(x, g, geo) for x, g in zip(part[::2], part[1::2])) for part in parts)
+    for d in gradients: total += d[0].square() if len(d) == 1 else d.square_().sum(0)
+    return total
+
+# %% ../../nbs/curvature/kernels.ipynb #642df79b
+def _filters(basis, *kernel): return basis.mT.reshape(-1, basis.shape[1] // max(1, kernel[0] * kernel[1]), *kernel)
+
+# %% ../../nbs/curvature/kernels.ipynb #8c6bfc6c
+def rotated(x, g, geo:Geometry, U, V) -> tuple:
+    "(x, g, geometry) of the layer whose gradients are U^T d V. `U` is groups x C x C, `V` groups x C x C or groups x D x D."
+    g = F.conv2d(g, _filters(U, 1, 1), groups=geo.groups)
+    if V.shape[1] * geo.groups == x.shape[1]: return F.conv2d(x, _filters(V, 1, 1), groups=geo.groups), g, geo
+    x, geo = padded(x, geo)
+    x = F.conv2d(F.pad(x, geo.padding), _filters(V, *geo.kernel), stride=geo.stride, dilation=geo.dilation, groups=geo.groups)
+    return x, g, Geometry(groups=geo.groups)
+
+# %% ../../nbs/curvature/kernels.ipynb #b2f39326
+def turns_last(x, g, geo, V) -> bool:
+    "Whether turning the gradient costs clearly less than turning every patch, by multiply-accumulates."
+    d, c, p = V.shape[1], g.shape[1] // geo.groups, g[0, 0].numel()
+    return d * geo.groups != x.shape[1] and p * (d * d + c * d + c * c) > 1.7 * c * d * (p + d + c)
+
+# %% ../../nbs/curvature/kernels.ipynb #218dbbf9
+def moment_sums(calls:list, geo:Geometry, U, V, last:bool=None, limit:float=32e6) -> torch.Tensor:
+    "C_out x columns of `V` (x taps, for a channel basis): sum over examples of the squares of U^T d V, d the gradient of the weight."
+    if not (turns_last(*calls[0], geo, V) if last is None else last):
+        turned = [rotated(x, g, geo, U, V) for x, g in calls]
+        return square_sums([(x, g) for x, g, _ in turned], turned[0][2], limit=limit)
+    total = 0
+    for part in zip(*(chunks(t, 2 * U.shape[0] * U.shape[1] * V.shape[1], limit) for call in calls for t in call)):
+        d = sum(_gradients(x, g, geo) for x, g in zip(part[::2], part[1::2])).unflatten(1, (geo.groups, -1))
+        total = total + (U.mT @ (d @ V)).square_().sum(0)
+    return total.flatten(0, 1)
+
+# %% ../../nbs/curvature/kernels.ipynb #fb017c07
+def _gradients(x, g, geo):
+    if square_way(x, g, geo) != "single": return example_gradients(x, g, geo)
+    return torch.stack([d.flatten(1) for d in single_gradients(x, g, geo)])

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAYERS', 'NORMALISATIONS', 'unsupported', 'supported', 'chosen', 'channel_part', 'KFAC', 'LayerSums', 'factors',
-           'batch_size', 'first_examples', 'batches', 'listening', 'add_batch', 'check_finite', 'Statistics', 'collect']
+           'batch_size', 'first_examples', 'batches', 'listening', 'add_batch', 'check_finite', 'Statistics', 'sweep',
+           'collect']
 
 # %% ../../nbs/curvature/kfac.ipynb #5a18b099
 import contextlib
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from ..core import Progress, UserError, generator, one_of, untouched
 from .fisher import FISHERS, fisher_losses
-from .kernels import as_images, assembled, geometry, gradient_gram, input_sums, patch_sum, with_one
+from .kernels import as_images, assembled, geometry, gradient_gram, input_sums, patch_sum, square_sums, with_one
 from ..profile import attention_fastpath_off, call, to_device
 
 # %% ../../nbs/curvature/kfac.ipynb #c04496c5
@@ -63,14 +64,21 @@ class KFAC:
     positions: int|float = 1   # P: output positions; a fraction where examples differ in size
     in_positions: int|float = 1 # pixels or tokens that come in
     calls: int|float = 1       # calls in a forward pass
+    diagonal: torch.Tensor|None = None       # of the Fisher, exact, in the weight's shape; None when not asked for
+    bias_diagonal: torch.Tensor|None = None  # and for the bias
 
 # %% ../../nbs/curvature/kfac.ipynb #bba4262d
 class LayerSums:
     "Raw sums and counts of one layer, at least in float32. Used as a forward hook, it adds the inputs, and the gradients when they come back."
-    def __init__(self, module, full=False, bias=False, roots=None):
-        self.module, self.geometry, self.full = module, geometry(module), full
-        self.bias, self.roots = bias and module.bias is not None, [] if roots is None else roots
-        self.sums, self.outputs, self.inputs, self.calls, self.recording = {}, 0, 0, 0, True
+    def __init__(self, module, full=False, bias=False, diagonal=False, name=""):
+        self.module, self.geometry, self.name = module, geometry(module), name
+        self.full, self.bias, self.by_example = full, bias and module.bias is not None, diagonal
+        self.sums, self.outputs, self.inputs, self.calls = {}, 0, 0, 0
+        self.start([])
+
+    def start(self, roots, examples=None):
+        "Ready for the next forward pass, of so many examples."
+        self.roots, self.examples, self.recording, self.expected, self.pending = roots, examples, True, 0, []
 
     def add(self, which, gram):
         if which in self.sums: self.sums[which] += gram
@@ -78,23 +86,43 @@ class LayerSums:
 
     def __call__(self, module, args, kwargs, output):
         if torch.is_grad_enabled() and not output.requires_grad: output = _rooted(output, self.roots)
-        if self.recording: self.record(as_images(args[0] if args else kwargs["input"], module), output)
+        if self.recording: self.record(as_images((args[0] if args else kwargs["input"]).detach(), module), output)
         return output
 
     def record(self, x, output):
-        self.count(x, output)
-        self.add_inputs(_wide(x.detach()))
-        if output.requires_grad: output.register_hook(lambda g: self.add_gradients(_wide(as_images(g, self.module))))
-
-    def count(self, x, output):
         self.inputs, self.outputs = self.inputs + x.numel() // x.shape[1], self.outputs + output.numel() // len(self.module.weight)
         self.calls += 1
+        self.add_inputs(_wide(x))
+        if not output.requires_grad: return
+        version, self.expected = x._version, self.expected + 1
+        output.register_hook(lambda g: self.receive(x if self.by_example else None, version, _wide(as_images(g, self.module))))
+
+    def receive(self, x, version, g):
+        self.add_gradients(g)
+        if x is None: return
+        self.pending.append((x, version, g))
+        if len(self.pending) == self.expected: self.settle()
+
+    def settle(self):
+        "What belongs to single examples, after the gradients of all calls are there."
+        calls, self.pending = self.pending, []
+        for x, version, _ in calls: self.check_examples(x, version)
+        if calls: self.add_examples([(_wide(x), g) for x, _, g in calls])
+
+    def check_examples(self, x, version):
+        instead = "Gradients of single examples are not to be had there; leave the layer out."
+        if len(x) != self.examples: raise UserError(f"Layer {self.name!r} reads {len(x)} rows where there are {self.examples} examples. {instead}")
+        if x._version != version: raise UserError(f"What layer {self.name!r} read was overwritten in place before its gradient came back. {instead}")
 
     def add_inputs(self, x):
         for key, part in input_sums(x, self.geometry, self.full).items(): self.add(("A", *key), part)
         if self.bias: self.add("one", patch_sum(x, self.geometry))
 
     def add_gradients(self, g): self.add("G", gradient_gram(g, self.geometry.groups))
+
+    def add_examples(self, calls):
+        self.add("diagonal", square_sums(calls, self.geometry))
+        if self.module.bias is not None: self.add("bias_diagonal", sum(g.sum((2, 3)) for _, g in calls).square().sum(0))
 
     def input_total(self) -> torch.Tensor:
         "groups x D x D, with the constant 1 where the bias was asked for. Channels only: of all kernel offsets together."
@@ -123,8 +151,9 @@ def factors(sums:LayerSums, # of one layer
     A, offsets = sums.input_total(), sums.geometry.taps
     if a == "channel": A, A_full = A / (sums.outputs * offsets), None
     else: A, A_full = (_channels(A, offsets, sums.bias) / sums.outputs if a == "both" else None), A / sums.outputs
-    return KFAC(alone(A), alone(A_full), alone(sums.sums["G"]) / examples, examples,
-                whole(sums.outputs, examples), whole(sums.inputs, examples), whole(sums.calls, forwards))
+    diagonal, bias = (sums.sums[which] / examples if which in sums.sums else None for which in ("diagonal", "bias_diagonal"))
+    return KFAC(alone(A), alone(A_full), alone(sums.sums["G"]) / examples, examples, whole(sums.outputs, examples), whole(sums.inputs, examples),
+                whole(sums.calls, forwards), None if diagonal is None else diagonal.view_as(sums.module.weight), bias)
 
 # %% ../../nbs/curvature/kfac.ipynb #ae70371e
 def _channels(A, offsets, bias):
@@ -172,12 +201,12 @@ def batches(data, samples:int=None):
 
 # %% ../../nbs/curvature/kfac.ipynb #dacb800c
 @contextlib.contextmanager
-def listening(sums:dict):
-    "Inside, a forward pass goes into the `LayerSums` of `sums`. Gives the list of zeros at which the graph begins."
+def listening(sums:dict, examples:int=None):
+    "Inside, a forward pass of so many examples goes into the `LayerSums` of `sums`. Gives the list of zeros at which the graph begins."
     roots, handles = [], []
     try:
         for s in sums.values():
-            s.roots, s.recording = roots, True
+            s.start(roots, examples)
             handles.append(s.module.register_forward_hook(s, with_kwargs=True))
         with attention_fastpath_off(): yield roots
     finally:
@@ -186,13 +215,15 @@ def listening(sums:dict):
 # %% ../../nbs/curvature/kfac.ipynb #c0727786
 def add_batch(model, sums:dict, inputs, targets, n:int, fisher="mc", loss=None, draws=1, labels=None) -> torch.Tensor:
     "One forward pass and the backward passes of `fisher_losses`, added to `sums`. Returns the mean loss on `targets`."
-    with listening(sums) as roots:
+    with listening(sums, n) as roots:
         outputs = call(model, inputs)
         for s in sums.values(): s.recording = False
         scalars = fisher_losses(outputs, targets, fisher, loss, draws, labels, examples=n)
         if not roots or not scalars[0].requires_grad:
             raise UserError(f"No gradient of the loss comes back to any of the layers {', '.join(sums)}. Choose layers that the outputs depend on.")
-        for i, scalar in enumerate(scalars, 1): torch.autograd.grad(scalar, roots, retain_graph=i < len(scalars), allow_unused=True)
+        for i, scalar in enumerate(scalars, 1):
+            torch.autograd.grad(scalar, roots, retain_graph=i < len(scalars), allow_unused=True)
+            for s in sums.values(): s.settle()   # where a call got no gradient
     return scalars[0].detach() / n if fisher == "empirical" else (loss or F.cross_entropy)(outputs.detach(), targets)
 
 # %% ../../nbs/curvature/kfac.ipynb #f27f18aa
@@ -221,19 +252,39 @@ class Statistics(dict):
         return f"Statistics: {len(self)} layers{left_out}, {self.examples} examples, loss {self.loss:.4g}, fisher {self.fisher!r}"
 
 # %% ../../nbs/curvature/kfac.ipynb #d3b4b60b
-def _statistics(sums, examples, forwards, a, total, skipped, fisher) -> Statistics:
+def _missing(sums, skipped) -> dict:
+    "`skipped`, and the reason for every layer that has seen no input or no gradient."
     for name, s in sums.items():
         if not s.calls: skipped[name] = "not called in the forward pass: unused, or its parent reads the weight itself"
-        elif "G" not in s.sums: skipped[name] = "no gradient of the loss comes back to it"
-    layers = {name: factors(s, examples, forwards, a) for name, s in sums.items() if name not in skipped}
-    return Statistics(layers, examples, float(total) / examples, skipped, fisher)
+        elif not any(key[0] != "A" and key != "one" for key in s.sums): skipped[name] = "no gradient of the loss comes back to it"
+    return skipped
 
 # %% ../../nbs/curvature/kfac.ipynb #21e19f27
+def sweep(model:nn.Module, sums:dict, # name -> `LayerSums`
+          data, fisher="mc", samples=None, draws=1, loss=None, seed=0, progress=True, label="statistics") -> tuple[int, int, float]:
+    "One pass over `data` in evaluation mode, without weight gradients, added to `sums`. Returns examples, forward passes, mean loss. The model is as before afterwards."
+    one_of("fisher", fisher, FISHERS)
+    if samples is not None and samples < 1: raise UserError(f"Invalid samples {samples!r}. Give a number of examples, 1 or more, or None for all.")
+    device = next(iter(sums.values())).module.weight.device
+    labels, examples, total, i = generator(seed, "fisher", device=device if device.type == "cuda" else "cpu"), 0, 0., -1
+    bar = Progress(batches(data, samples), label, len(data) if samples is None and hasattr(data, "__len__") else None)
+    bar.quiet |= not progress
+    with untouched(model), torch.enable_grad():
+        model.eval().requires_grad_(False)
+        for i, (inputs, targets, n) in enumerate(bar):
+            mean = add_batch(model, sums, to_device(inputs, device), to_device(targets, device), n, fisher, loss, draws, labels)
+            check_finite(sums, mean, i)
+            examples, total = examples + n, total + mean.double() * n
+    if not examples: raise UserError("The data gave no examples. Pass a loader with at least one batch; an iterator that was read to its end has none.")
+    return examples, i + 1, float(total) / examples
+
+# %% ../../nbs/curvature/kfac.ipynb #a274c7e3
 def collect(model:nn.Module,
             data,              # iterable of (inputs, targets); inputs a tensor, a tuple (positional) or a dict (keywords)
             layers=None,       # names as in `named_modules()`; all that are supported when None
             a:str="channel",   # input factor: "channel" | "full" | "both"
             bias:bool=False,   # whether the bias of a layer that has one is in A, as the last row and column
+            diagonal:bool=False, # also the exact diagonal of the Fisher
             fisher:str="mc",   # "mc" | "exact" | "empirical", see `fisher_losses`
             samples:int=None,  # stop after so many examples; all when None
             draws:int=1,       # labels an example, "mc" only
@@ -243,18 +294,9 @@ def collect(model:nn.Module,
             ) -> Statistics:
     """K-FAC factors of every layer in one pass over `data`, in evaluation mode. No weight gradient is computed, and the model is as before afterwards.
     Raises `UserError` for unknown names, data that gives nothing, a model without layers to work on, numbers that are not finite (with layer and batch)."""
-    one_of("input factor", a, ("channel", "full", "both")), one_of("fisher", fisher, FISHERS)
-    if samples is not None and samples < 1: raise UserError(f"Invalid samples {samples!r}. Give a number of examples, 1 or more, or None for all.")
+    one_of("input factor", a, ("channel", "full", "both"))
     modules, skipped = chosen(model, layers)
-    sums, device = {name: LayerSums(m, a != "channel", bias) for name, m in modules.items()}, next(iter(modules.values())).weight.device
-    labels, examples, total, i = generator(seed, "fisher", device=device if device.type == "cuda" else "cpu"), 0, 0., -1
-    bar = Progress(batches(data, samples), "statistics", len(data) if samples is None and hasattr(data, "__len__") else None)
-    bar.quiet |= not progress
-    with untouched(model), torch.enable_grad():
-        model.eval().requires_grad_(False)
-        for i, (inputs, targets, n) in enumerate(bar):
-            mean = add_batch(model, sums, to_device(inputs, device), to_device(targets, device), n, fisher, loss, draws, labels)
-            check_finite(sums, mean, i)
-            examples, total = examples + n, total + mean.double() * n
-    if not examples: raise UserError("The data gave no examples. Pass a loader with at least one batch; an iterator that was read to its end has none.")
-    return _statistics(sums, examples, i + 1, a, total, skipped, fisher)
+    sums = {name: LayerSums(m, a != "channel", bias, diagonal, name) for name, m in modules.items()}
+    examples, forwards, mean = sweep(model, sums, data, fisher, samples, draws, loss, seed, progress)
+    skipped = _missing(sums, skipped)
+    return Statistics({name: factors(s, examples, forwards, a) for name, s in sums.items() if name not in skipped}, examples, mean, skipped, fisher)
