@@ -11,7 +11,7 @@ from torch import nn
 from ..core import UserError
 from .eigen import eigenbasis
 from .kernels import moment_sums
-from .kfac import LayerSums, Statistics, _missing, chosen, sweep
+from .kfac import LayerSums, Statistics, chosen, sweep, unheard
 
 # %% ../../nbs/curvature/ekfac.ipynb #a7c20b4a
 def eigenbases(statistics, # name -> `KFAC`
@@ -62,8 +62,8 @@ def second_moments(model:nn.Module,
                    ) -> Statistics:
     """Name -> mean over examples of (U^T d V)^2, entry by entry, d the gradient of the weight for one example: in the weight's shape for a channel basis V, C_out x D for a full one.
     Its sum is the trace of the layer's Fisher. Raises `UserError` as `collect` does, and where a basis does not fit its layer."""
-    modules, skipped = chosen(model, list(bases))
+    modules, _ = chosen(model, list(bases))
     sums = {name: MomentSums(m, bases[name], name) for name, m in modules.items()}
     examples, _, mean = sweep(model, sums, data, fisher, samples, draws, loss, seed, progress, "second moments")
-    skipped = _missing(sums, skipped)
+    skipped = {name: why for name, s in sums.items() if (why := unheard(s))}
     return Statistics({name: s.moments(examples) for name, s in sums.items() if name not in skipped}, examples, mean, skipped, fisher)

@@ -6,8 +6,8 @@
 __all__ = ['Geometry', 'padding_of', 'geometry', 'as_images', 'padded', 'matrix_correlate', 'by_matrices', 'correlate',
            'channels_last', 'gradient_gram', 'reads', 'channel_gram', 'patches', 'positions', 'chunks', 'patch_gram',
            'left_out', 'leaves_out', 'line_pairs', 'offset_sums', 'from_offsets', 'pixel_gram', 'from_pixels',
-           'way_for', 'input_sums', 'assembled', 'patch_sum', 'with_one', 'example_gradients', 'single_gradients',
-           'pair_squares', 'square_way', 'square_sums', 'rotated', 'turns_last', 'moment_sums']
+           'way_for', 'input_sums', 'assembled', 'patch_sum', 'tap_sums', 'with_one', 'example_gradients',
+           'single_gradients', 'pair_squares', 'square_way', 'square_sums', 'rotated', 'turns_last', 'moment_sums']
 
 # %% ../../nbs/curvature/kernels.ipynb #5f3eebf6
 import itertools
@@ -40,8 +40,8 @@ def padding_of(conv:nn.Module) -> tuple:
 
 # %% ../../nbs/curvature/kernels.ipynb #ba0ac02f
 def geometry(module:nn.Module) -> Geometry:
-    "`Geometry` of a linear layer or a convolution over one or two axes."
-    if isinstance(module, nn.Linear): return Geometry()
+    "`Geometry` of a convolution over one or two axes; of a linear layer, and of all others, that of a 1 x 1 convolution."
+    if not hasattr(module, "kernel_size"): return Geometry()
     line = len(module.kernel_size) == 1
     two = lambda values: (1,) * line + tuple(values)
     return Geometry(two(module.kernel_size), two(module.stride), two(module.dilation), padding_of(module) + (0, 0) * line, module.groups, module.padding_mode)
@@ -280,6 +280,16 @@ def patch_sum(x:torch.Tensor, # N x C_in x H x W
               geo:Geometry) -> torch.Tensor:
     "groups x D: sum of a over examples and output positions."
     return patches(x.sum(0, keepdim=True), geo)[0].sum(-1)
+
+# %% ../../nbs/curvature/kernels.ipynb #afc1d9ea
+def tap_sums(x:torch.Tensor, # N x C_in x H x W
+             geo:Geometry) -> torch.Tensor:
+    "N x groups x C x taps: sum of a over the output positions of each example, without patches."
+    x, geo = padded(x, geo)
+    h, w = positions(x, geo)
+    x, (kh, kw), (sh, sw), (dh, dw) = F.pad(x, geo.padding), geo.kernel, geo.stride, geo.dilation
+    part = lambda i, j: x[:, :, i * dh:i * dh + (h - 1) * sh + 1:sh, j * dw:j * dw + (w - 1) * sw + 1:sw]
+    return torch.stack([part(i, j).sum((2, 3)) for i, j in itertools.product(range(kh), range(kw))], 2).unflatten(1, (geo.groups, -1))
 
 # %% ../../nbs/curvature/kernels.ipynb #4a2b3e1b
 def with_one(S:torch.Tensor,     # groups x D x D
