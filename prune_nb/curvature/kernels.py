@@ -266,10 +266,11 @@ def input_sums(x:torch.Tensor, # N x C_in x H x W
     if way == "pixels": return {(way, *x.shape[2:]): pixel_gram(x, geo)}
     return {(way,): channel_gram(x, geo) if way == "channel" else patch_gram(x, geo)}
 
-# %% ../../nbs/curvature/kernels.ipynb #41673a17
+# %% ../../nbs/curvature/kernels.ipynb #27761c0a
 def assembled(sums:dict, # of `input_sums`, over any number of batches
               geo:Geometry) -> torch.Tensor:
     "groups x D x D (full), or groups x C x C (channels only)."
+    sums = dict(sorted(sums.items(), key=lambda item: repr(item[0])))   # added up in one order, whichever they came in
     parts = [part for (way, *_), part in sums.items() if way in ("channel", "patches")]
     parts += [from_pixels(part, size, geo) for (way, *size), part in sums.items() if way == "pixels"]
     if offsets := {tuple(key): part for (way, *key), part in sums.items() if way == "offsets"}: parts.append(from_offsets(offsets, geo))

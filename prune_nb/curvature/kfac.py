@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYERS', 'NORMALISATIONS', 'unsupported', 'supported', 'chosen', 'channel_part', 'KFAC', 'LayerSums', 'rooted',
            'factors', 'batch_size', 'first_examples', 'batches', 'listening', 'add_batch', 'check_finite', 'Statistics',
-           'unheard', 'sweep', 'collect']
+           'unheard', 'check_samples', 'sweep', 'check_repeatable', 'collect']
 
 # %% ../../nbs/curvature/kfac.ipynb #5a18b099
 import contextlib, warnings
@@ -17,6 +17,7 @@ from torch import nn
 from ..core import Progress, UserError, generator, one_of, untouched
 from .fisher import FISHERS, fisher_losses
 from .kernels import as_images, assembled, geometry, gradient_gram, input_sums, patch_sum, square_sums, tap_sums, with_one
+from .passes import Checkpoint, all_reduced, fingerprint, layer_bytes, split_layers, stability
 from ..profile import attention_fastpath_off, call, to_device
 
 # %% ../../nbs/curvature/kfac.ipynb #c04496c5
@@ -76,9 +77,10 @@ class LayerSums:
         self.sums, self.outputs, self.inputs, self.calls, self.seen = {}, 0, 0, 0, 0
         self.start([])
 
-    def start(self, roots, examples=None):
-        "Ready for the next forward pass, of so many examples."
-        self.roots, self.examples, self.recording, self.expected, self.pending, self.read = roots, examples, True, 0, [], []
+    def start(self, roots, examples=None, half=None):
+        "Ready for the next forward pass, of so many examples, that belong to the first or the second half."
+        self.roots, self.examples, self.half, self.recording, self.expected = roots, examples, half, True, 0
+        self.pending, self.read = [], []
 
     def attach(self): return [self.module.register_forward_hook(self, with_kwargs=True)]
 
@@ -99,6 +101,7 @@ class LayerSums:
 
     def take(self, x, rows):
         self.inputs, self.outputs, self.calls = self.inputs + x.numel() // x.shape[1], self.outputs + rows, self.calls + 1
+        if self.half is not None: self.add(("energy", "in", self.half), _wide(x).square().sum((0, 2, 3)))
         if self.reduce: self.read.append((rows, tap_sums(_wide(x), self.geometry)))
         else: self.add_inputs(_wide(x))
 
@@ -109,6 +112,7 @@ class LayerSums:
         return lambda g: self.receive(kept, version, _wide(g))
 
     def receive(self, x, version, g):
+        if self.half is not None: self.add(("energy", "out", self.half), g.square().sum((0, 2, 3)))
         if not self.reduce: self.add_gradients(g)
         if not (self.diagonal or self.reduce): return
         self.pending.append((x, version, g))
@@ -229,21 +233,21 @@ def batches(data, samples:int=None):
 
 # %% ../../nbs/curvature/kfac.ipynb #dacb800c
 @contextlib.contextmanager
-def listening(sums:dict, examples:int=None):
+def listening(sums:dict, examples:int=None, half:int=None):
     "Inside, a forward pass of so many examples goes into the `LayerSums` of `sums`. Gives the list of zeros at which the graph begins."
     roots, handles = [], []
     try:
         for s in sums.values():
-            s.start(roots, examples)
+            s.start(roots, examples, half)
             handles += s.attach()
         with attention_fastpath_off(): yield roots
     finally:
         for handle in handles: handle.remove()
 
 # %% ../../nbs/curvature/kfac.ipynb #c0727786
-def add_batch(model, sums:dict, inputs, targets, n:int, fisher="mc", loss=None, draws=1, labels=None) -> torch.Tensor:
+def add_batch(model, sums:dict, inputs, targets, n:int, fisher="mc", loss=None, draws=1, labels=None, half=None) -> torch.Tensor:
     "One forward pass and the backward passes of `fisher_losses`, added to `sums`. Returns the mean loss on `targets`."
-    with listening(sums, n) as roots:
+    with listening(sums, n, half) as roots:
         outputs = call(model, inputs)
         for s in sums.values(): s.heard()
         scalars = fisher_losses(outputs, targets, fisher, loss, draws, labels, examples=n)
@@ -285,24 +289,57 @@ def unheard(s:LayerSums) -> str:
     if not s.calls: return "not called in the forward pass: unused, or its parent reads the weight itself"
     return "" if any(key[0] == "G" for key in s.sums) else "no gradient of the loss comes back to it"
 
+# %% ../../nbs/curvature/kfac.ipynb #6c52eea0
+def check_samples(samples):
+    "`UserError` unless `samples` is a number of examples, \"auto\" or None."
+    if samples not in (None, "auto") and (isinstance(samples, str) or samples < 1):
+        raise UserError(f"Invalid samples {samples!r}. Give a number of examples, 1 or more, \"auto\", or None for all.")
+
 # %% ../../nbs/curvature/kfac.ipynb #21e19f27
 def sweep(model:nn.Module, sums:dict, # name -> `LayerSums`
-          data, fisher="mc", samples=None, draws=1, loss=None, seed=0, progress=True, label="statistics") -> tuple[int, int, float]:
+          data, fisher="mc", samples=None, draws=1, loss=None, seed=0, progress=True, label="statistics",
+          level:float=.95,            # of `stability`, that samples="auto" stops at
+          checkpoint=None, every=50,  # file to go on from, written every so many batches
+          group=None,                 # process group whose processes have a share of the data each
+          ) -> tuple[int, int, float]:
     "One pass over `data` in evaluation mode, without weight gradients, added to `sums`. Returns examples, forward passes, mean loss. The model is as before afterwards."
-    one_of("fisher", fisher, FISHERS)
-    if samples is not None and samples < 1: raise UserError(f"Invalid samples {samples!r}. Give a number of examples, 1 or more, or None for all.")
-    device = next(iter(sums.values())).module.weight.device
-    labels, examples, total, i = generator(seed, "fisher", device=device if device.type == "cuda" else "cpu"), 0, 0., -1
-    bar = Progress(batches(data, samples), label, len(data) if samples is None and hasattr(data, "__len__") else None)
+    one_of("fisher", fisher, FISHERS), check_samples(samples)
+    device, auto, rank = next(iter(sums.values())).module.weight.device, samples == "auto", torch.distributed.get_rank(group) if group else 0
+    labels = generator(seed, "fisher", *[rank] * (rank > 0), device=device if device.type == "cuda" else "cpu")
+    file = Checkpoint(checkpoint, sums, labels, _settings(model, sums, fisher, draws, seed, rank)) if checkpoint else None
+    seen, examples, total = file.load(device) if file else (0, 0, 0.)
+    i, bar = -1, Progress(batches(data, None if auto else samples), label, len(data) if samples is None and hasattr(data, "__len__") else None)
     bar.quiet |= not progress
     with untouched(model), torch.enable_grad():
         model.eval().requires_grad_(False)
         for i, (inputs, targets, n) in enumerate(bar):
-            mean = add_batch(model, sums, to_device(inputs, device), to_device(targets, device), n, fisher, loss, draws, labels)
+            if i < seen: continue
+            mean = add_batch(model, sums, to_device(inputs, device), to_device(targets, device), n, fisher, loss, draws, labels, i % 2 if auto else None)
             check_finite(sums, mean, i)
             examples, total = examples + n, total + mean.double() * n
+            if file and (i + 1) % every == 0: file.save(i + 1, examples, total)
+            if auto and i % 2: bar.note = f"order of the units {(order := stability(sums)):.3f} of {level}"
+            if auto and i > 2 and i % 2 and order >= level: break
+    return _totals(sums, examples, i + 1, total, device, group, file)
+
+# %% ../../nbs/curvature/kfac.ipynb #d0749abe
+def _settings(model, sums, fisher, draws, seed, rank):
+    kinds = {name: [type(s).__name__, *(getattr(s, k, None) for k in ("full", "bias", "diagonal", "reduce"))] for name, s in sums.items()}
+    return dict(model=fingerprint(model), layers=kinds, fisher=fisher, draws=draws, seed=seed, rank=rank)
+
+# %% ../../nbs/curvature/kfac.ipynb #cc2bab10
+def _totals(sums, examples, forwards, total, device, group, file):
+    numbers = torch.tensor([examples, forwards, float(total)], dtype=torch.double, device=device)
+    examples, forwards, total = (all_reduced(sums, numbers, group) if group else numbers).tolist()
     if not examples: raise UserError("The data gave no examples. Pass a loader with at least one batch; an iterator that was read to its end has none.")
-    return examples, i + 1, float(total) / examples
+    if file: file.done()
+    return int(examples), int(forwards), total / examples
+
+# %% ../../nbs/curvature/kfac.ipynb #dd8c2576
+def check_repeatable(data, options:dict):
+    "`UserError` where several passes are asked of what can be read once, or of a checkpoint or group."
+    if iter(data) is data: raise UserError("The data is an iterator and can be read once, and max_memory asks for several passes. Pass a loader or a list.")
+    if options.get("checkpoint"): raise UserError("A checkpoint holds one pass, and max_memory asks for several. Raise max_memory, or choose layers and collect in parts.")
 
 # %% ../../nbs/curvature/kfac.ipynb #a274c7e3
 def collect(model:nn.Module,
@@ -314,24 +351,34 @@ def collect(model:nn.Module,
             sharing:str="expand", # of weights over positions: "expand" | "reduce"
             also=(),           # functions model -> {name: sums}, for other parts of the network, see `special`
             fisher:str="mc",   # "mc" | "exact" | "empirical", see `fisher_losses`
-            samples:int=None,  # stop after so many examples; all when None
+            samples=None,      # stop after so many examples; all when None; "auto": when the order of the units is stable
             draws:int=1,       # labels an example, "mc" only
             loss=None,         # callable (outputs, targets) -> mean scalar; cross-entropy when None
             seed:int=0,        # of the drawn labels
             progress:bool=True,
+            max_memory:float=None, # bytes of sums and factors in a pass; several passes where they need more
+            **options,         # of `sweep`: level, checkpoint, every, group
             ) -> Statistics:
     """K-FAC factors of every layer in one pass over `data`, in evaluation mode. No weight gradient is computed, and the model is as before afterwards.
     Modules with parameters that have no statistics are named in a warning and left out.
     Raises `UserError` for unknown names, data that gives nothing, a model without layers to work on, numbers that are not finite (with layer and batch)."""
     one_of("input factor", a, ("channel", "full", "both")), one_of("sharing", sharing, ("expand", "reduce"))
     modules, skipped = chosen(model, layers)
-    sums = {name: LayerSums(m, a != "channel", bias, diagonal, sharing == "reduce", name) for name, m in modules.items()}
+    make = lambda names: {name: LayerSums(modules[name], a != "channel", bias, diagonal, sharing == "reduce", name) for name in names}
     others = {name: s for find in also for name, s in find(model).items()}
     if left := {name: why for name, why in skipped.items() if name not in others}:
         warnings.warn("Left out: " + "; ".join(f"{name}, {why}" for name, why in left.items()) + ".", stacklevel=2)
-    examples, forwards, mean = sweep(model, sums | others, data, fisher, samples, draws, loss, seed, progress)
-    found = Statistics({name: factors(s, examples, forwards, a) for name, s in sums.items() if not unheard(s)}, examples, mean, skipped, fisher)
-    found.skipped = {name: why for name, why in (skipped | {name: unheard(s) for name, s in (sums | others).items()}).items() if why and name not in found}
-    found.also = {name: s.result(examples, forwards) for name, s in others.items() if not unheard(s)}
+    needs = {name: layer_bytes(s.geometry, s.module.weight, s.full, s.bias, s.diagonal) for name, s in make(modules).items()}
+    found, shares = Statistics({}, 0, 0., skipped, fisher), split_layers(needs, max_memory or float("inf"))
+    if len(shares) > 1: check_repeatable(data, options)
+    for i, names in enumerate(shares):
+        sums = make(names) | (others if i == 0 else {})
+        label = "statistics" + f" {i + 1} of {len(shares)}" * (len(shares) > 1) + f", {sum(needs[name] for name in names) / 1e6:,.0f} MB"
+        found.examples, forwards, found.loss = sweep(model, sums, data, fisher, samples, draws, loss, seed, progress, label, **options)
+        for name, s in sums.items():
+            if why := unheard(s): found.skipped[name] = why
+            elif name in others: found.also[name] = s.result(found.examples, forwards)
+            else: found[name] = factors(s, found.examples, forwards, a)
+        if samples == "auto": samples = found.examples
     found.skipped = {name: why for name, why in found.skipped.items() if name not in found.also}
     return found

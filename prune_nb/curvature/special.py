@@ -124,9 +124,9 @@ class AttentionSums(LayerSums):
         self.parts = {part: LayerSums(_stub(*block), full, bias, diagonal, reduce, f"{name}.{part}") for part, block in zip(("q", "k", "v", "out"), blocks)}
         self.places = {block[0].data_ptr(): part for part, block in zip(self.parts, blocks)}
 
-    def start(self, roots, examples=None):
+    def start(self, roots, examples=None, half=None):
         self.roots, self.linear = roots, None
-        for s in self.parts.values(): s.start(roots, examples)
+        for s in self.parts.values(): s.start(roots, examples, half)
 
     @property
     def sums(self) -> dict: return {(key[0] if isinstance(key, tuple) else key, part, key): v for part, s in self.parts.items() for key, v in s.sums.items()}
