@@ -60,7 +60,8 @@ def second_moments(model:nn.Module,
                    seed:int=0,    # the one of `collect` draws the same labels again
                    progress:bool=True,
                    ) -> Statistics:
-    """Name -> mean over examples of (U^T d V)^2, entry by entry, d the gradient of the weight for one example: in the weight's shape for a channel basis V, C_out x D for a full one.
+    """Name -> mean over examples of (U^T d V)^2, entry by entry, d the gradient of the weight for one example: in the weight's shape for a channel basis V,
+    C_out x D for a full one.
     Its sum is the trace of the layer's Fisher. Raises `UserError` as `collect` does, and where a basis does not fit its layer."""
     modules, _ = chosen(model, list(bases))
     sums = {name: MomentSums(m, bases[name], name) for name, m in modules.items()}

@@ -49,7 +49,8 @@ def geometry(module:nn.Module) -> Geometry:
 # %% ../../nbs/curvature/kernels.ipynb #641a83de
 def as_images(x:torch.Tensor, # inputs or outputs of `module`, with or without a batch dimension
               module:nn.Module) -> torch.Tensor:
-    "`x` as examples x channels x rows x columns. What a linear layer reads is a row of pixels: of an example all that lies between the first dimension and the last."
+    """`x` as examples x channels x rows x columns. What a linear layer reads is a row of pixels: of an example all that lies between the first dimension
+    and the last."""
     if isinstance(module, nn.Linear): return x.reshape(len(x) if x.ndim > 1 else 1, -1, x.shape[-1]).mT[:, :, None]
     axes = len(module.kernel_size)
     x = x.reshape(-1, *x.shape[-1 - axes:])
@@ -269,12 +270,14 @@ def input_sums(x:torch.Tensor, # N x C_in x H x W
 # %% ../../nbs/curvature/kernels.ipynb #27761c0a
 def assembled(sums:dict, # of `input_sums`, over any number of batches
               geo:Geometry) -> torch.Tensor:
-    "groups x D x D (full), or groups x C x C (channels only)."
+    "groups x D x D (full), or groups x C x C (channels only), in memory of its own."
     sums = dict(sorted(sums.items(), key=lambda item: repr(item[0])))   # added up in one order, whichever they came in
     parts = [part for (way, *_), part in sums.items() if way in ("channel", "patches")]
     parts += [from_pixels(part, size, geo) for (way, *size), part in sums.items() if way == "pixels"]
     if offsets := {tuple(key): part for (way, *key), part in sums.items() if way == "offsets"}: parts.append(from_offsets(offsets, geo))
-    return sum(parts[1:], parts[0])
+    total = parts[0].clone() if ("channel",) in sums or ("patches",) in sums else parts[0]
+    for part in parts[1:]: total += part
+    return total
 
 # %% ../../nbs/curvature/kernels.ipynb #dd251273
 def patch_sum(x:torch.Tensor, # N x C_in x H x W

@@ -101,9 +101,10 @@ class LayerSums:
 
     def take(self, x, rows):
         self.inputs, self.outputs, self.calls = self.inputs + x.numel() // x.shape[1], self.outputs + rows, self.calls + 1
-        if self.half is not None: self.add(("energy", "in", self.half), _wide(x).square().sum((0, 2, 3)))
-        if self.reduce: self.read.append((rows, tap_sums(_wide(x), self.geometry)))
-        else: self.add_inputs(_wide(x))
+        with torch.autocast(x.device.type, enabled=False):   # a model's own autocast must not round the sums
+            if self.half is not None: self.add(("energy", "in", self.half), _wide(x).square().sum((0, 2, 3)))
+            if self.reduce: self.read.append((rows, tap_sums(_wide(x), self.geometry)))
+            else: self.add_inputs(_wide(x))
 
     def returning(self, x):
         "What takes the gradient, as images, at the output of the call that read `x`."
@@ -181,8 +182,8 @@ def factors(sums:LayerSums, # of one layer
     whole = lambda n, d: n // d if n % d == 0 else n / d
     alone = lambda total: total if total is None or sums.geometry.groups > 1 else total[0]
     A, offsets = sums.input_total(), sums.geometry.taps
-    if a == "channel": A, A_full = A / (sums.rows() * offsets), None
-    else: A, A_full = (_channels(A, offsets, sums.bias) / sums.rows() if a == "both" else None), A / sums.rows()
+    if a == "channel": A, A_full = A.div_(sums.rows() * offsets), None
+    else: A_full, A = (scaled := A.div_(sums.rows())), _channels(scaled, offsets, sums.bias) if a == "both" else None
     diagonal, bias = (sums.sums[which] / examples if which in sums.sums else None for which in ("diagonal", "bias_diagonal"))
     return KFAC(alone(A), alone(A_full), alone(sums.sums["G"]) / examples, examples, whole(sums.outputs, examples), whole(sums.inputs, examples),
                 whole(sums.calls, forwards), None if diagonal is None else diagonal.view_as(sums.module.weight), bias)
@@ -274,7 +275,8 @@ def check_finite(sums:dict, # of name -> LayerSums
 
 # %% ../../nbs/curvature/kfac.ipynb #b337136c
 class Statistics(dict):
-    "`KFAC` by layer name. Also `examples`, the mean `loss` on the true targets, `skipped` (name: why there are no factors), the kind of `fisher`, and what was `also` found."
+    """`KFAC` by layer name. Also `examples`, the mean `loss` on the true targets, `skipped` (name: why there are no factors), the kind of `fisher`, and what
+    was `also` found."""
     def __init__(self, layers, examples:int, loss:float, skipped:dict, fisher:str):
         super().__init__(layers)
         self.examples, self.loss, self.skipped, self.fisher, self.also = examples, loss, skipped, fisher, {}
@@ -302,7 +304,8 @@ def sweep(model:nn.Module, sums:dict, # name -> `LayerSums`
           checkpoint=None, every=50,  # file to go on from, written every so many batches
           group=None,                 # process group whose processes have a share of the data each
           ) -> tuple[int, int, float]:
-    "One pass over `data` in evaluation mode, without weight gradients, added to `sums`. Returns examples, forward passes, mean loss. The model is as before afterwards."
+    """One pass over `data` in evaluation mode, without weight gradients, added to `sums`. Returns examples, forward passes, mean loss. The model is as before
+    afterwards."""
     one_of("fisher", fisher, FISHERS), check_samples(samples)
     device, auto, rank = next(iter(sums.values())).module.weight.device, samples == "auto", torch.distributed.get_rank(group) if group else 0
     labels = generator(seed, "fisher", *[rank] * (rank > 0), device=device if device.type == "cuda" else "cpu")
@@ -339,7 +342,8 @@ def _totals(sums, examples, forwards, total, device, group, file):
 def check_repeatable(data, options:dict):
     "`UserError` where several passes are asked of what can be read once, or of a checkpoint or group."
     if iter(data) is data: raise UserError("The data is an iterator and can be read once, and max_memory asks for several passes. Pass a loader or a list.")
-    if options.get("checkpoint"): raise UserError("A checkpoint holds one pass, and max_memory asks for several. Raise max_memory, or choose layers and collect in parts.")
+    if options.get("checkpoint"):
+        raise UserError("A checkpoint holds one pass, and max_memory asks for several. Raise max_memory, or choose layers and collect in parts.")
 
 # %% ../../nbs/curvature/kfac.ipynb #a274c7e3
 def collect(model:nn.Module,
@@ -379,6 +383,7 @@ def collect(model:nn.Module,
             if why := unheard(s): found.skipped[name] = why
             elif name in others: found.also[name] = s.result(found.examples, forwards)
             else: found[name] = factors(s, found.examples, forwards, a)
+            s.sums.clear()   # no two copies of a layer longer than needed
         if samples == "auto": samples = found.examples
     found.skipped = {name: why for name, why in found.skipped.items() if name not in found.also}
     return found

@@ -64,7 +64,8 @@ class Checkpoint:
         if not self.path.exists(): return 0, 0, 0.
         tensors, meta = load_tensors(self.path)
         other = [k for k, v in self.settings.items() if meta.get("settings", {}).get(k) != v]
-        if other: raise UserError(f"The checkpoint {str(self.path)!r} is of another pass: {', '.join(other)} differ. Give another path, or delete the file to start anew.")
+        if other:
+            raise UserError(f"The checkpoint {str(self.path)!r} is of another pass: {', '.join(other)} differ. Give another path, or delete the file to start anew.")
         self.labels.set_state(tensors.pop("labels"))
         (batch, examples), total = tensors.pop("place").tolist(), tensors.pop("total").to(device)
         restore(self.sums, tensors, device)
@@ -84,7 +85,8 @@ def all_reduced(sums:dict, numbers:torch.Tensor, # float64, added up as well
     kinds = {k: kind for known in lists for k, kind in known.items()}
     blank = lambda k: torch.zeros(kinds[k][0], dtype=getattr(torch, kinds[k][1]))
     tensors = {k: own.get(k, blank(k) if k not in own else None).to(numbers.device) for k in sorted(kinds, key=lambda k: (kinds[k][1], k))}
-    work = [(keys, flat := torch.cat([tensors[k].flatten() for k in keys]), dist.all_reduce(flat, group=group, async_op=True)) for keys in buckets(tensors, bucket)]
+    flats = [(keys, torch.cat([tensors[k].flatten() for k in keys])) for keys in buckets(tensors, bucket)]
+    work = [(keys, flat, dist.all_reduce(flat, group=group, async_op=True)) for keys, flat in flats]
     dist.all_reduce(numbers, group=group)
     for keys, flat, waiting in work:
         waiting.wait()
@@ -117,7 +119,9 @@ def split_layers(needs:dict, # layer name -> bytes
     "Lists of names, in order, that need at most `limit` bytes each. Raises `UserError` where one layer alone needs more."
     found, size = [[]], 0
     for name, need in needs.items():
-        if need > limit: raise UserError(f"Layer {name!r} alone needs {need / 1e6:,.0f} MB, more than max_memory = {limit / 1e6:,.0f} MB. Raise it, leave the layer out, or take a='channel'.")
+        if need > limit:
+            raise UserError(f"Layer {name!r} alone needs {need / 1e6:,.0f} MB, more than max_memory = {limit / 1e6:,.0f} MB. "
+                            "Raise it, leave the layer out, or take a='channel'.")
         if found[-1] and size + need > limit: found, size = found + [[]], 0
         found[-1].append(name); size += need
     return found
