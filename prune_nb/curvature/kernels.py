@@ -10,7 +10,7 @@ __all__ = ['Geometry', 'padding_of', 'geometry', 'as_images', 'padded', 'matrix_
            'single_gradients', 'pair_squares', 'square_way', 'square_sums', 'rotated', 'turns_last', 'moment_sums']
 
 # %% ../../nbs/curvature/kernels.ipynb #5f3eebf6
-import itertools
+import itertools, math
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ def as_images(x:torch.Tensor, # inputs or outputs of `module`, with or without a
               module:nn.Module) -> torch.Tensor:
     """`x` as examples x channels x rows x columns. What a linear layer reads is a row of pixels: of an example all that lies between the first dimension
     and the last."""
-    if isinstance(module, nn.Linear): return x.reshape(len(x) if x.ndim > 1 else 1, -1, x.shape[-1]).mT[:, :, None]
+    if isinstance(module, nn.Linear): return x.reshape(len(x) if x.ndim > 1 else 1, math.prod(x.shape[1:-1]), x.shape[-1]).mT[:, :, None]
     axes = len(module.kernel_size)
     x = x.reshape(-1, *x.shape[-1 - axes:])
     return x[:, :, None] if axes == 1 else x

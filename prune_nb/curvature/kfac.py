@@ -94,6 +94,7 @@ class LayerSums:
         return output
 
     def record(self, x, output):
+        if not x.numel(): return
         self.take(x, output.numel() // len(self.module.weight))
         if output.requires_grad:
             back = self.returning(x)
