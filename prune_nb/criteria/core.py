@@ -13,7 +13,7 @@ from torch import nn
 from ..core import UserError, load_tensors, one_of, save_tensors, untouched
 from ..curvature.kfac import collect
 from ..profile import call, count_macs, count_params, device_of, to_device
-from ..surgery.factorize import LayerShape
+from ..surgery.factorize import LayerShape, unfactorizable
 from ..surgery.plan import signature
 
 # %% ../../nbs/criteria/core.ipynb #a1954b2f
@@ -129,6 +129,7 @@ def score(model:nn.Module,
     stats = collect(model, data, a="channel", fisher=fisher, samples=samples, loss=loss, seed=seed, progress=progress)
     example, skipped = first_example(data), dict(stats.skipped) | {n: "ignored, as asked" for n in ignore}
     if len(stats) > 1: skipped[output_layer(model, stats, example)] = "the output layer"
+    skipped |= {k: why for k in stats if k not in skipped and (why := unfactorizable(model.get_submodule(k)))}
     layers = {k: criterion(model.get_submodule(k), s) for k, s in stats.items() if k not in skipped}
     if not layers: raise UserError(f"No layer is left to prune with {method!r}: {'; '.join(f'{k}: {why}' for k, why in skipped.items())}.")
     return Scores(method, layers, signature(model), count_params(model), count_macs(model, example), stats.examples, stats.loss, skipped)

@@ -12,17 +12,17 @@ from ..core import UserError
 
 # %% ../../nbs/curvature/eigen.ipynb #69e3e6d5
 def symmetric(factor:torch.Tensor) -> torch.Tensor:
-    "(factor + factor^T) / 2 in float64. Raises `UserError` for what is no square matrix of finite numbers."
-    if factor.ndim != 2 or factor.shape[0] != factor.shape[1]:
+    "(factor + factor^T) / 2 in float64, of one matrix or a batch of them. Raises `UserError` for what is no square matrix of finite numbers."
+    if factor.ndim < 2 or factor.shape[-1] != factor.shape[-2]:
         raise UserError(f"A factor must be a square matrix, and this has shape {tuple(factor.shape)}. Pass A or G of one layer.")
     factor = factor.double()
     if not factor.isfinite().all(): raise UserError("The factor holds NaN or infinite numbers. Collect the statistics again on finite data.")
-    return (factor + factor.T) / 2
+    return (factor + factor.mT) / 2
 
 # %% ../../nbs/curvature/eigen.ipynb #e1921df1
 def eigenvalues(factor:torch.Tensor) -> torch.Tensor:
-    "Eigenvalues of a symmetric positive semi-definite matrix: float64, descending, clamped at zero."
-    return torch.linalg.eigvalsh(symmetric(factor)).flip(0).clamp_(min=0)
+    "Eigenvalues of a symmetric positive semi-definite matrix, or of each in a batch: float64, descending, clamped at zero."
+    return torch.linalg.eigvalsh(symmetric(factor)).flip(-1).clamp_(min=0)
 
 # %% ../../nbs/curvature/eigen.ipynb #92c43abd
 class Eigenbasis(NamedTuple):
@@ -31,16 +31,16 @@ class Eigenbasis(NamedTuple):
     vectors: torch.Tensor
 
 # %% ../../nbs/curvature/eigen.ipynb #27fae208
-def eigenbasis(factor:torch.Tensor, # n x n, symmetric up to rounding
+def eigenbasis(factor:torch.Tensor, # n x n, or groups x n x n, symmetric up to rounding
                damping:float=0.,    # added to every eigenvalue
                ) -> Eigenbasis:
     """Eigendecomposition, computed in float64 and returned in `factor`'s type. In each vector the component of largest magnitude is positive, the first
     of those that are equal up to rounding.
     Raises `UserError` for what is no square matrix of finite numbers."""
     values, vectors = torch.linalg.eigh(symmetric(factor))
-    values, vectors = values.flip(0).clamp_(min=0) + damping, vectors.flip(1)
+    values, vectors = values.flip(-1).clamp_(min=0) + damping, vectors.flip(-1)
     size = vectors.abs()
-    largest = vectors.gather(0, (size > (1 - 1e-6) * size.amax(0)).int().argmax(0, keepdim=True))
+    largest = vectors.gather(-2, (size > (1 - 1e-6) * size.amax(-2, keepdim=True)).int().argmax(-2, keepdim=True))
     return Eigenbasis(values.to(factor.dtype), (vectors * largest.sign()).to(factor.dtype))
 
 # %% ../../nbs/curvature/eigen.ipynb #2da3e119

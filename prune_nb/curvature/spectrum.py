@@ -30,7 +30,7 @@ def directions(values:torch.Tensor, # eigenvalues, descending
 def summary(factor:torch.Tensor) -> dict:
     """What `spectrum` says of one factor: `dim`, `effective_rank`, `directions_90` and `directions_99` (per cent of the energy), `condition` (largest eigenvalue by smallest;
     infinite where one is zero), `zero_share` (share of the eigenvalues that are at most 1e-7 of the largest; they are the zeros)."""
-    values = eigenvalues(factor)
+    values = eigenvalues(factor).flatten().sort(descending=True).values   # of all groups together
     zero = values <= ZERO * values[0]
     return dict(dim=len(values), effective_rank=effective_rank(values), directions_90=directions(values, .9), directions_99=directions(values, .99),
                 condition=float("inf") if zero.any() else float(values[0] / values[-1]), zero_share=float(zero.double().mean()))
