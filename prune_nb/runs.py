@@ -59,7 +59,7 @@ class Run:
 def _claim(folder, params, new) -> Run:
     lock = FileLock(folder / ".lock", timeout=0)
     try: lock.acquire()
-    except Timeout: raise UserError(f"Run {folder.name!r} is being written by another process. Wait for it, or choose another run_name.") from None
+    except Timeout: raise UserError(f"Run {folder.name!r} is being written by another process. Wait until that has ended.") from None
     for left in folder.glob(".*.tmp"): left.unlink()   # by a process that was killed
     if new: save_json(folder / "params.json", dict(params=params, versions=versions(), created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())))
     return Run(folder, params, new, lock)
@@ -72,6 +72,7 @@ def read_params(folder) -> dict:
 # %% ../nbs/runs.ipynb #ed5c8ac7
 def _check_same(folder, params):
     "A sentence on what differs when `folder` holds a run of other parameters."
+    if not (folder / "params.json").exists(): raise UserError(f"Folder {str(folder)!r} is no run: it has no params.json. Choose another run_name.")
     old = read_params(folder)
     changed = [f"{k} was {old.get(k)!r}, is {params.get(k)!r}" for k in {**old, **params} if old.get(k) != params.get(k)]
     if changed: raise UserError(f"Run {folder.name!r} cannot be resumed with other parameters: {'; '.join(changed)}. Use the old ones or another run_name.")
@@ -88,9 +89,9 @@ def open_run(runs_dir,       # folder of all runs; made when missing
     try:
         runs_dir.mkdir(parents=True, exist_ok=True)
         if resume and (runs_dir / id).is_dir():
-            if not (runs_dir / id / "params.json").exists(): return _claim(runs_dir / id, params, new=True)   # killed before it was written
-            _check_same(runs_dir / id, params)
-            return _claim(runs_dir / id, params, new=False)
+            unborn = all(f.name == ".lock" or f.suffix == ".tmp" for f in (runs_dir / id).iterdir())   # killed before params.json was written
+            if not unborn: _check_same(runs_dir / id, params)
+            return _claim(runs_dir / id, params, new=unborn)
         for folder in [runs_dir / id] + [runs_dir / f"{id}-{n}" for n in range(2, 10_000)] * unique:
             try: folder.mkdir()
             except FileExistsError: continue

@@ -69,7 +69,7 @@ def _epoch(model, loader, optimizer, lr_at, dtype, where) -> float:
         optimizer.zero_grad(); loss.backward(); optimizer.step()
         total = total + loss.detach()
         if (i % 50 == 0 or i + 1 == len(loader)) and not math.isfinite(total):
-            raise UserError(f"The training loss became {float(loss)} in {where} (learning rate {lr_at(i / len(loader)):.3g}). Lower the learning rate.")
+            raise UserError(f"The training loss became {loss.item()} in {where} (learning rate {lr_at(i / len(loader)):.3g}). Lower the learning rate.")
     return float(total) / len(loader)
 
 # %% ../nbs/train.ipynb #cb796148
