@@ -85,7 +85,8 @@ def energy_figure(curves:pd.DataFrame, # of `energy`
                   ):
     "A panel for each side, a line for each layer; a click in the legend hides one. Needs plotly."
     import plotly.express as px
-    fig = px.line(curves, x="directions", y="energy", color="layer", facet_col="side", template="plotly_white", labels=dict(directions="share of directions", energy="share of energy"))
+    labels = dict(directions="share of directions", energy="share of energy")
+    fig = px.line(curves, x="directions", y="energy", color="layer", facet_col="side", template="plotly_white", labels=labels)
     return fig.update_layout(title="Energy held by the largest directions").update_yaxes(range=[0, 1.02], matches="y").update_xaxes(range=[0, 1])
 
 # %% ../../nbs/curvature/spectrum.ipynb #67c63a0c
@@ -140,7 +141,8 @@ class CurvatureProduct:
         "The product for one batch."
         outputs = call(self.model, inputs)
         value = self.loss(outputs, targets)
-        if value.ndim or not value.requires_grad: raise UserError(f"The loss must be a scalar that depends on the parameters, and has shape {tuple(value.shape)}. Return the mean over the batch.")
+        if value.ndim or not value.requires_grad:
+            raise UserError(f"The loss must be a scalar that depends on the parameters, and has shape {tuple(value.shape)}. Return the mean over the batch.")
         return self.times(outputs, value, self.params, parts)
 
 # %% ../../nbs/curvature/spectrum.ipynb #dc295907
