@@ -89,7 +89,8 @@ def save_json(path, obj):
 def save_tensors(path, tensors:dict, **meta):
     "A dict of tensors as safetensors, atomically; `meta` goes into the header as JSON."
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    write_atomic(path, safetensors_bytes(tensors, {k: json.dumps(v, allow_nan=False) for k, v in meta.items()}))
+    header = {"meta": json.dumps(meta, allow_nan=False)} if meta else None   # one key: safetensors writes several in any order
+    write_atomic(path, safetensors_bytes(tensors, header))
 
 # %% ../nbs/core.ipynb #1b819497
 def load_tensors(path) -> tuple[dict, dict]:
@@ -98,7 +99,7 @@ def load_tensors(path) -> tuple[dict, dict]:
     if not path.is_file(): raise UserError(f"No file {str(path)!r}. Give the path of a .safetensors file that exists.")
     try:
         with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, {k: json.loads(v) for k, v in (f.metadata() or {}).items() if k != "format"}
+            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("meta", "{}"))
     except (SafetensorError, json.JSONDecodeError, OSError) as e:
         raise UserError(f"{str(path)!r} is not a readable safetensors file ({e}). Pickled checkpoints (.pt, .pth) are not loaded: "
                         "save the state dict with safetensors.torch.save_file.") from None
