@@ -42,7 +42,7 @@ def torchvision_networks():
     for name in list_models(module=models):
         size = next((s for k, s in SIZES.items() if name.startswith(k)), 64)
         arguments = dict(image_size=56 if name.endswith("14") else 64) if name.startswith("vit") else dict(init_weights=False) if name in ("googlenet", "inception_v3") else {}
-        real(name, functools.partial(get_model, name, weights=None, **arguments), image(size), "torchvision", seconds=600)
+        real(name, functools.partial(get_model, name, weights=None, **arguments), image(arguments.get("image_size", size)), "torchvision", seconds=600)
     for name in list_models(module=models.segmentation):
         real(name, functools.partial(get_model, name, weights=None, weights_backbone=None, num_classes=5), image(64), "segmentation")
         if "lraspp" not in name: real(name + "_auxiliary", functools.partial(get_model, name, weights=None, weights_backbone=None, num_classes=5, aux_loss=True), image(64), "segmentation")
@@ -85,26 +85,31 @@ TIMM = """resnet10t seresnext26ts ecaresnet26t skresnet18 resnest14d res2net50_1
     vit_tiny_patch16_224 deit_tiny_distilled_patch16_224 cait_xxs24_224 xcit_nano_12_p16_224 pit_ti_224 levit_128s coat_lite_tiny crossvit_tiny_240 pvt_v2_b0 twins_svt_small mixer_s32_224 resmlp_12_224 gmlp_s16_224
     eva02_tiny_patch14_224 beit_base_patch16_224 focalnet_tiny_srf nest_tiny volo_d1_224 tnt_s_patch16_224 davit_tiny gcvit_xxtiny swinv2_cr_tiny_224 coatnet_pico_rw_224 sequencer2d_s hiera_tiny_224 tiny_vit_5m_224 vit_tiny_r_s16_p8_224""".split()
 
-def timm_networks():
+def timm_image(name):
+    "Of 64 x 64 where the network takes any size."
     import timm
-    for name in TIMM:
-        if not timm.is_model(name): continue
-        config = timm.get_pretrained_cfg(name)
-        free = not config.fixed_input_size and config.pool_size is not None
-        size = 64 if free else config.input_size[-1]
-        real(name, functools.partial(timm.create_model, name, num_classes=10), image(size), "timm")
+    config = timm.get_pretrained_cfg(name)
+    return torch.randn(1, 3, *((64, 64) if not config.fixed_input_size and config.pool_size else config.input_size[1:]))
+
+def timm_networks():
+    def build(name):
+        import timm
+        return timm.create_model(name, num_classes=10)
+    for name in TIMM: real(name, functools.partial(build, name), functools.partial(timm_image, name), "timm")
 
 # --- transformers: tiny random configurations ---
 
 def transformers_networks():
-    import transformers as t
     words = lambda n=2, l=6, v=50: lambda: dict(input_ids=torch.randint(3, v, (n, l)))
     pixels = lambda s=32: lambda: dict(pixel_values=torch.randn(2, 3, s, s))
     text = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=16)
     image_ = dict(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
     grouped = text | dict(num_key_value_heads=2, use_cache=False, pad_token_id=0)
     def put(name, kind, config, inputs, quick=False, **rest):
-        real(name, lambda: getattr(t, kind)(getattr(t, config[0])(**config[1])), inputs, "transformers", quick=quick, **rest)
+        def build():
+            import transformers
+            return getattr(transformers, kind)(getattr(transformers, config[0])(**config[1]))
+        real(name, build, inputs, "transformers", quick=quick, **rest)
     put("bert", "BertForSequenceClassification", ("BertConfig", text), words(), quick=True)
     put("bert_eager", "BertModel", ("BertConfig", text | dict(attn_implementation="eager")), words())
     put("roberta", "RobertaForMaskedLM", ("RobertaConfig", text), words())
