@@ -14,6 +14,10 @@ ENVIRONMENT = os.environ | dict(OMP_NUM_THREADS="1")
 torch.set_num_threads(1)   # as in the processes: sums in the same order
 
 
+def pytest_addoption(parser):
+    parser.addoption("--zoo", metavar="TABLE.csv", help="surgery on every network of tests/zoo.py, not only the quick ones; rows of the table that are not run stay as they are")
+
+
 class Executed(NamedTuple):
     "What one call of papermill came to."
     returncode: int
