@@ -6,7 +6,8 @@
 __all__ = ['RULES', 'FACTORS', 'WHOLE_TENSOR', 'SIZED', 'LAYOUT', 'ZERO_AT_ZERO', 'CHANNELS_OF_GROUP', 'WIDTHS', 'SUMS', 'rule',
            'tensors', 'Trace', 'is_pointwise', 'unknown', 'joined', 'unite_over', 'pointwise', 'contract', 'contracted',
            'plus', 'whole', 'channel_labels', 'GroupedConvolution', 'settle_groups', 'count', 'note_width', 'reshaped',
-           'merged_blocks', 'moved', 'on_labels', 'picked', 'reduced', 'affine', 'labels_of_features', 'settle_slices']
+           'merged_blocks', 'moved', 'on_labels', 'picked', 'reduced', 'affine', 'repeated_heads', 'labels_of_features',
+           'settle_slices']
 
 # %% ../../nbs/surgery/rules.ipynb #a69984a8
 import math, re
@@ -226,6 +227,10 @@ def contracted(trace, operands, gone, outs, name) -> list:
 def plus(trace, out, factors, bias, dim, name) -> list:
     "Factors of a result after a bias, a vector along `dim` or a tensor of the result's shape, is added."
     if bias is None: return factors
+    known = trace.known(bias)
+    if len(known) == 1 and bias.dim() == 1 and (mine := [f for f in factors if f.dims == (dim,)]) and all(dim not in f.dims for f in factors if f is not mine[0]):   # the usual case, quickly
+        trace.labels.unite(mine[0].labels, known[0].labels, f"meets in {name} what stays")
+        if not (mine[0].labels == STAYS).any(): return [Factor(f.dims, f.labels, f.quiet and known[0].quiet) if f is mine[0] else f for f in factors]
     along = [dim] if bias.dim() == 1 else list(range(out.dim() - bias.dim(), out.dim()))
     operands = [(factors, list(range(out.dim())), out.shape), (trace.known(bias), along, bias.shape)]
     return [Factor(b, a, all(_is_quiet(o, b) for o in operands)) for b, a in joined(trace.labels, operands, f"meets in {name} what stays")]
@@ -682,6 +687,7 @@ def _attention(trace, out, name, query, key, value, attn_mask=None, attn_bias=No
     q, k, v = ([*batch, token, feature] for token, feature in ((90, 91), (92, 91), (92, 93)))
     for t in (query, key):
         if scale is None: trace.labels_of_features(t)
+    if enable_gqa: key, value = (repeated_heads(trace, t, query.shape[-3]) for t in (key, value))
     scores = contract(trace, query, q, key, k, [*batch, 90, 92], "attention")
     scores = [Factor(f.dims, f.labels, False) for f in scores]
     mask = attn_mask if attn_mask is not None else attn_bias
@@ -690,6 +696,14 @@ def _attention(trace, out, name, query, key, value, attn_mask=None, attn_bias=No
     operands = [(scores, [*batch, 90, 92], (*query.shape[:-1], key.shape[-2])), (trace.known(value), v, value.shape)]
     result = contracted(trace, operands, {92}, [*batch, 90, 93], "attention")
     return [result] + [None] * (len(out) - 1) if isinstance(out, (tuple, list)) else result
+
+# %% ../../nbs/surgery/rules.ipynb #e08b85f0
+def repeated_heads(trace, t, heads) -> torch.Tensor:
+    "Keys or values of `heads` heads, each of `t` repeated."
+    d, n = t.dim() - 3, heads // t.shape[-3]
+    out = torch.empty((*t.shape[:d], heads, *t.shape[d + 1:]), device="meta")
+    trace.tell(out, [Factor(f.dims, np.repeat(f.labels, n, f.dims.index(d)), f.quiet) if d in f.dims else f for f in trace.known(t)])
+    return out
 
 # %% ../../nbs/surgery/rules.ipynb #62c70c57
 def labels_of_features(trace, t):
@@ -735,7 +749,7 @@ def settle_slices(trace):
     for (_, dim), (f, pieces) in trace.parts.items():
         n, axis = f.labels.shape[f.dims.index(dim)], f.dims.index(dim)
         at = sorted(set(pieces))
-        size = at[0][1] - at[0][0]
+        size = max(at[0][1] - at[0][0], 1)
         step = at[0][2]
         if step > 1 and [(a, s) for a, _, s in at] == [(i, step) for i in range(step)] and n % step == 0 and all(len(range(*p)) == n // step for p in at):
             shape = f.labels.shape[:axis] + (n // step, step) + f.labels.shape[axis + 1:]
