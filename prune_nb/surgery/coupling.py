@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'TAPS', 'all_tensors', 'mapped', 'module_hooks', 'note_widths', 'take_whole', 'normalized', 'unlogged',
-           'watched', 'run', 'trace', 'probed', 'shapes_only', 'Coupling', 'sums']
+           'watched', 'run', 'trace', 'probed', 'Coupling', 'sums']
 
 # %% ../../nbs/surgery/coupling.ipynb #c453e7cc
 import contextlib, copy, dataclasses, logging
@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from ..core import UserError, one_of, rng_state, set_rng_state
 from ..profile import attention_fastpath_off, call, device_of, to_device
-from .channels import INPUT, Cut, Group, copied, cut, merged, tensors_of
+from .channels import INPUT, Cut, Group, cut, gathered, tensors_of, without_values
 from .labels import STAYS, Factor, settle
 from .modules import WHOLE, sizes_of_heads
 from .plan import Plan, signature
@@ -92,8 +92,8 @@ def watched(model:nn.Module, inputs, kind:str, leaf=None) -> tuple[Trace, object
     mode = FakeTensorMode(allow_non_fake_inputs=True) if kind == "fake" else contextlib.nullcontext()
     hollow = dict(meta=lambda t: nn.Parameter(m, False) if isinstance(t, nn.Parameter) and (m := t.detach().to("meta")) is not None else t.to("meta"), fake=lambda t: mode.from_tensor(t)).get(kind)
     change = (lambda n, t: hollow(t) if kind == "meta" or t.is_floating_point() else t) if hollow else (lambda n, t: nn.Parameter(t.detach(), False) if isinstance(t, nn.Parameter) else t.clone())
-    memo = {id(t): change(n, t) for n, t in tensors_of(model).items()}
-    twin = copy.deepcopy(model, memo)
+    ready = kind == "meta" and leaf is not None           # a cut copy, without values
+    twin = model if ready else copy.deepcopy(model, {id(t): change(n, t) for n, t in tensors_of(model).items()})
     for m in twin.modules(): m.training = False          # not eval(), which exported programs refuse
     names = {id(m): n for n, m in reversed(list(twin.named_modules(remove_duplicate=False)))}
     trace = Trace({id(t): (n, isinstance(t, nn.Parameter)) for n, t in reversed(tensors_of(twin).items())})
@@ -153,7 +153,7 @@ def _grouped(leaves, components, reasons) -> tuple[list, pd.DataFrame]:
         for s in first:
             units = groups.setdefault(s, (name, d, _in_order(c, signatures, s, free), {}))[2]
             groups[s][3].setdefault(name, {})[d] = order[starts[units][:, None] + np.arange(counts[units[0]])]
-        for why, k in _counted(reasons.get(i, "always there") for i in c[~free[c]].tolist()).items(): stays.append(dict(parameter=name, dimension=d, indices=k, reason=why))
+        for why, k in _counted(c[~free[c]], reasons).items(): stays.append(dict(parameter=name, dimension=d, indices=k, reason=why))
     return _named(groups, stays)
 
 # %% ../../nbs/surgery/coupling.ipynb #aaa51fbf
@@ -162,10 +162,11 @@ def _in_order(c, signatures, s, free) -> np.ndarray:
     mine = c[(signatures[c] == s) & free[c]]
     return mine[np.sort(np.unique(mine, return_index=True)[1])]
 
-# %% ../../nbs/surgery/coupling.ipynb #a35001b2
-def _counted(values) -> dict:
+# %% ../../nbs/surgery/coupling.ipynb #26aa41c9
+def _counted(components, reasons) -> dict:
+    "Reason -> how many indices stay for it."
     out = {}
-    for v in values: out[v] = out.get(v, 0) + 1
+    for c, n in zip(*(a.tolist() for a in np.unique(components, return_counts=True))): out[reasons.get(c, "always there")] = out.get(reasons.get(c, "always there"), 0) + n
     return out
 
 # %% ../../nbs/surgery/coupling.ipynb #9a5e25eb
@@ -219,7 +220,7 @@ def _fault(coupling, found, model, inputs, removed, kind) -> str:
         if not t.is_floating_point(): return []
         left = {d: np.delete(ids[name, d], gone.get(name, {}).get(d, [])) for d in range(t.dim()) if (name, d) in ids}
         return [Factor((d,), l, silenced) for d, l in left.items() if len(l) > 1]
-    try: trace = watched(shapes_only(model, gone) if kind != "real" else cut(model, gone), inputs, kind, leaf)[0]
+    try: trace = watched(cut(model, gone, gathered if kind == "real" else without_values), inputs, kind, leaf)[0]
     except Exception as e: return f"the network's code fails when it is cut: {type(e).__name__}: {str(e)[:120]}"
     settle_slices(trace)
     if kind != "real" and (why := _otherwise(found, trace, gone)): return why
@@ -250,11 +251,6 @@ def _left(t, alive) -> tuple:
             left = alive[f.labels].any(tuple(j for j in range(f.labels.ndim) if j != i)) if f.labels.ndim > 1 else alive[f.labels]
             shape[d] = int(left.sum())
     return tuple(shape)
-
-# %% ../../nbs/surgery/coupling.ipynb #3860da18
-def shapes_only(model, removed) -> nn.Module:
-    "The cut network without values."
-    with torch.device("meta"): return cut(model, removed)
 
 # %% ../../nbs/surgery/coupling.ipynb #c767a6b8
 @dataclass
