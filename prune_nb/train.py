@@ -44,28 +44,9 @@ def autocast_dtype(device):
     able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else None
 
-# %% ../nbs/train.ipynb #bc520370
-class _SGD:
-    "Stochastic gradient descent with weight decay and Nesterov's momentum; parameters without a gradient are left alone."
-    def __init__(self, params, momentum=.9, weight_decay=0.):
-        self.params, self.momentum, self.weight_decay, self.buffers = list(params), momentum, weight_decay, {}
-
-    @torch.no_grad()
-    def step(self, lr:float):
-        "Take a step of size `lr` and forget the gradients."
-        used = [i for i, p in enumerate(self.params) if p.grad is not None]
-        if not used: return
-        params = [self.params[i] for i in used]
-        change = torch._foreach_add([p.grad for p in params], params, alpha=self.weight_decay)
-        if self.momentum:
-            for i, g in zip(used, change): self.buffers[i] = self.buffers[i].mul_(self.momentum).add_(g) if i in self.buffers else g.clone()
-            change = torch._foreach_add(change, [self.buffers[i] for i in used], alpha=self.momentum)
-        torch._foreach_add_(params, change, alpha=-lr)
-        for p in params: p.grad = None
-
 # %% ../nbs/train.ipynb #755b0948
 def _save_state(path, model, optimizer, history):
-    momentum = {f"momentum.{i}": b for i, b in optimizer.buffers.items()}
+    momentum = {f"momentum.{i}": s["momentum_buffer"] for i, s in optimizer.state_dict()["state"].items() if s.get("momentum_buffer") is not None}
     save_tensors(path, {**{f"model.{k}": v for k, v in model.state_dict().items()}, **momentum}, history=history)
 
 # %% ../nbs/train.ipynb #aeee7a18
@@ -73,7 +54,8 @@ def _load_state(path, model, optimizer) -> list:
     tensors, meta = load_tensors(path)
     part = lambda name: {k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(name + ".")}
     model.load_state_dict(part("model"))
-    optimizer.buffers = {int(i): b.to(optimizer.params[int(i)].device) for i, b in part("momentum").items()}
+    optimizer.load_state_dict({"state": {int(k): {"momentum_buffer": v} for k, v in part("momentum").items()},
+                               "param_groups": optimizer.state_dict()["param_groups"]})
     return meta["history"]
 
 # %% ../nbs/train.ipynb #21b02aa3
@@ -81,9 +63,10 @@ def _epoch(model, loader, optimizer, lr_at, dtype, where) -> float:
     "One pass; returns the mean training loss. Stops with a sentence where the loss is no number."
     device, total = device_of(model), 0.
     for i, (x, y) in enumerate(loader):
+        for group in optimizer.param_groups: group["lr"] = lr_at(i / len(loader))
         with torch.autocast(device.type, dtype, enabled=dtype is not None): out = call(model, to_device(x, device))
         loss = F.cross_entropy(out.float(), y.to(device))
-        loss.backward(); optimizer.step(lr_at(i / len(loader)))
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
         total = total + loss.detach()
         if (i % 50 == 0 or i + 1 == len(loader)) and not math.isfinite(total):
             raise UserError(f"The training loss became {loss.item()} in {where} (learning rate {lr_at(i / len(loader)):.3g}). Lower the learning rate.")
@@ -107,8 +90,7 @@ def fit(model:nn.Module, # trained in place
     one_of("learning-rate schedule", schedule, SCHEDULES)
     device = device_of(model)
     model.to(memory_format=torch.channels_last)
-    for p in model.parameters(): p.grad = None
-    optimizer = _SGD(model.parameters(), momentum, weight_decay)
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay)
     history = _load_state(state, model, optimizer) if state and Path(state).exists() else []
     dtype = autocast_dtype(device)
     with torch.random.fork_rng(range(torch.cuda.device_count()) if device.type == "cuda" else []):
