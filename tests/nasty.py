@@ -11,7 +11,7 @@ from torch import Tensor, einsum, nn
 from torch.nn import BatchNorm2d, Conv1d, Conv2d, Conv3d, ConvTranspose2d, Dropout, Embedding, GroupNorm, InstanceNorm2d, LayerNorm, Linear, MultiheadAttention, Parameter, PReLU, ReLU, Sequential
 
 
-@dataclass
+@dataclass(repr=False)
 class Case:
     "A network, its example inputs and what surgery must make of it. A place is `parameter:dimension`."
     name: str
