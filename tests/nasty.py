@@ -415,7 +415,7 @@ def depthwise_of_two(m, x): return m.b(m.d(m.a(x)))
 @nasty(lambda: two() | dict(g=conv(16, 16, groups=4)), "a.weight:0 g.weight:0 b.weight:1")
 def grouped(m, x): return m.b(m.g(m.a(x).relu()).relu())
 
-@nasty(lambda: dict(a=conv(3, 12), g=conv(12, 24, groups=3), h=conv(24, 12, groups=4), b=conv(12, 4)), "a.weight:0 g.weight:0 h.weight:0 b.weight:1")
+@nasty(lambda: dict(a=conv(3, 12), g=conv(12, 24, groups=3), h=conv(24, 12, groups=4), b=conv(12, 4)), refusable=True)
 def grouped_twice_otherwise(m, x): return m.b(m.h(m.g(m.a(x)).relu()))
 
 @nasty(lambda: dict(a=conv(3, 16), g=conv(16, 16, groups=4), b=conv(16, 4)), "a.weight:0 b.weight:1")
