@@ -586,6 +586,11 @@ def attention_with_attributes(m, x):
     y = m.a(x)
     return m.b(y + m.at(y))
 
+@nasty(lambda: dict(a=Linear(6, 32), at=Attention(32, 4), b=Linear(32, 3)), "at.qkv.weight:0 at.proj.weight:1 b.weight:1", inputs=tokens)
+def attention_eager_coincidence(m, x):
+    "Batch times heads is the number of dimensions of a head, 8: not to be taken for it."
+    return m.b(m.at(m.a(x)))
+
 @nasty(lambda: dict(wq=par(6, 4, 4), wk=par(6, 4, 4), wv=par(6, 4, 4), wo=par(4, 4, 6)), "wq:1 wk:1 wv:1 wv:2 wo:0 wo:1", "wq:0 wo:2", inputs=tokens, refusable=True)
 def attention_by_einsum(m, x):
     q, k, v = (einsum("bnd,dhe->bhne", x, w) for w in (m.wq, m.wk, m.wv))
