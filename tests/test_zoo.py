@@ -166,6 +166,8 @@ def surgery(case: Case, row: dict, tmp_path):
     assert not (stayed := [p for p in case.expect if cut[p] >= sizes[p]]), f"not cut: {stayed}, {coupling.frozen.to_dict('records')}"
     assert not (gone := [p for p in case.frozen if cut[p] != sizes[p]]), f"cut: {gone}"
 
+    assert (left := row["params_after"] / row["params_before"]) <= case.left, f"{left:.0%} of the parameters left: {reasons}"
+
     if "quick" in case.tags:
         assert max_relative_difference(small, masked, x) <= 1e-5 and max_relative_difference(small, masked, random_like(x, generator(0, "zoo"))) <= 1e-5
         if case.double:

@@ -17,9 +17,13 @@ def randomise(model: nn.Module, seed=0) -> nn.Module:
         if p.numel() and p.is_floating_point() and (p == p.flatten()[0]).all(): p.add_(.2 * torch.randn(p.shape, generator=g).to(p))
     return model
 
+LEFT = dict(small=.5, prune_nb=.5, torchvision=.5, segmentation=.5, video=.5, detection=.6, transformers=.8, timm=.6)   # parameters that may be left of a family's networks
+MORE = {"googlenet": .7, "inception_v3": .55}   # classifiers for training only stay
+
 def real(name, build, inputs, family, quick=False, seconds=300, **rest):
-    "Register a network of a library: nobody says which of its layers can be cut."
+    "Register a network of a library: nobody says which of its layers can be cut, only how much must go."
     make = lambda: build().eval().requires_grad_(True)
+    rest = dict(left=MORE.get(name, LEFT.get(family, 1))) | rest
     add(Case(f"{family}/{name}", seeded(make), seeded(inputs), tags=("quick" if quick else "slow", family), kept=True, seconds=60 if quick else seconds, **rest))
 
 def image(size, n=1): return lambda: torch.randn(n, 3, size, size)
