@@ -377,7 +377,7 @@ def layer_norm_of_everything(m, x): return m.b(m.n(m.a(x)))
 @nasty(lambda: two() | dict(n=LayerNorm([8, 8])), "a.weight:0 b.weight:1", "n.weight:0 n.weight:1")
 def layer_norm_of_pixels(m, x): return m.b(m.n(m.a(x)))
 
-@nasty(lambda: dict(a=Linear(6, 16), g=par(16), b=Linear(16, 6)), "a.weight:0 g:0 b.weight:1", inputs=tokens, kept=True)
+@nasty(lambda: dict(a=Linear(6, 16), g=par(16), b=Linear(16, 6)), inputs=tokens, kept=True, refusable=True)
 def root_mean_square_norm_by_hand(m, x):
     y = m.a(x)
     return m.b(y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6) * m.g)
@@ -385,14 +385,14 @@ def root_mean_square_norm_by_hand(m, x):
 @nasty(lambda: dict(a=Linear(6, 16), n=nn.RMSNorm(16), b=Linear(16, 6)), "a.weight:0 n.weight:0 b.weight:1", inputs=tokens, kept=True)
 def root_mean_square_norm(m, x): return m.b(m.n(m.a(x)))
 
-@nasty(lambda: two() | dict(g=par(16), s=par(16)), "a.weight:0 g:0 b.weight:1", kept=True)
+@nasty(lambda: two() | dict(g=par(16), s=par(16)), kept=True, refusable=True)
 def layer_norm_by_hand(m, x):
     y = m.a(x)
     u = y.mean(1, keepdim=True)
     v = (y - u).pow(2).mean(1, keepdim=True)
     return m.b(m.g[:, None, None] * ((y - u) / torch.sqrt(v + 1e-6)) + m.s[:, None, None])
 
-@nasty(lambda: dict(a=conv(3, 16), g=par(1, 1, 1, 16), b=Linear(16, 4)), "a.weight:0 g:3 b.weight:1", kept=True)
+@nasty(lambda: dict(a=conv(3, 16), g=par(1, 1, 1, 16), b=Linear(16, 4)), kept=True, refusable=True)
 def global_response_norm(m, x):
     "ConvNeXt V2: lengths of channels over their mean."
     y = m.a(x).permute(0, 2, 3, 1)
@@ -474,7 +474,7 @@ def generated_filters(m, x):
     w = m.w(y.mean((0, 2, 3))).view(-1, y.shape[1], 3, 3)
     return m.b(F.conv2d(y, w, padding=1))
 
-@nasty(lambda: two() | dict(bank=par(3, 12, 16, 3, 3), r=Linear(16, 3), b=conv(12, 4)), "a.weight:0 bank:2 bank:1 b.weight:1", "bank:0 r.weight:0")
+@nasty(lambda: two() | dict(bank=par(3, 12, 16, 3, 3), r=Linear(16, 3), b=conv(12, 4)), "", "bank:0 r.weight:0", refusable=True)
 def mixture_of_filters(m, x):
     y = m.a(x)
     return m.b(F.conv2d(y, einsum("e,eoikl->oikl", m.r(y.mean((0, 2, 3))).softmax(0), m.bank)))
@@ -556,7 +556,7 @@ def attention_by_hand(m, x): return m.o(merged(attention(*(heads(f(x), 4) for f 
 @nasty(qkv, "q.weight:0 k.weight:0 v.weight:0 o.weight:1", inputs=tokens)
 def attention_fused_causal(m, x): return m.o(merged(F.scaled_dot_product_attention(*(heads(f(x), 4) for f in (m.q, m.k, m.v)), is_causal=True)))
 
-@nasty(lambda: qkv() | dict(number=4), "v.weight:0 o.weight:1", inputs=tokens, refusable=True)
+@nasty(lambda: qkv() | dict(number=4), "", inputs=tokens, refusable=True)
 def attention_of_a_written_number_of_heads(m, x):
     n, t, _ = x.shape
     q, k, v = (f(x).view(n, t, m.number, -1).transpose(1, 2) for f in (m.q, m.k, m.v))
@@ -592,7 +592,7 @@ def attention_eager_coincidence(m, x):
     "Batch times heads is the number of dimensions of a head, 8: not to be taken for it."
     return m.b(m.at(m.a(x)))
 
-@nasty(lambda: dict(wq=par(6, 4, 4), wk=par(6, 4, 4), wv=par(6, 4, 4), wo=par(4, 4, 6)), "wq:1 wk:1 wv:1 wv:2 wo:0 wo:1", "wq:0 wo:2", inputs=tokens, refusable=True)
+@nasty(lambda: dict(wq=par(6, 4, 4), wk=par(6, 4, 4), wv=par(6, 4, 4), wo=par(4, 4, 6)), "wq:1 wk:1 wv:1 wo:0", "wq:0 wo:2", inputs=tokens, refusable=True)
 def attention_by_einsum(m, x):
     q, k, v = (einsum("bnd,dhe->bhne", x, w) for w in (m.wq, m.wk, m.wv))
     return einsum("bhne,hed->bnd", einsum("bhqk,bhke->bhqe", (einsum("bhqe,bhke->bhqk", q, k) / 2).softmax(-1), v), m.wo)
@@ -699,7 +699,7 @@ def long_short_term_memory(m, x):
 @nasty(lambda: dict(a=Linear(6, 12), r=nn.LSTM(12, 8, 2, bidirectional=True), b=Linear(16, 3)), "a.weight:0", inputs=tokens, refusable=True)
 def two_layers_both_directions(m, x): return m.b(m.r(m.a(x))[0])
 
-@nasty(lambda: dict(a=Linear(6, 12), r=nn.GRUCell(12, 8), b=Linear(8, 3)), "a.weight:0 b.weight:1", inputs=tokens, refusable=True)
+@nasty(lambda: dict(a=Linear(6, 12), r=nn.GRUCell(12, 8), b=Linear(8, 3)), "a.weight:0", inputs=tokens, refusable=True)
 def recurrent_cell(m, x):
     h = x.new_zeros(x.shape[0], 8)
     for t in m.a(x).unbind(1): h = m.r(t, h)
