@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'INPUT', 'Group', 'packed', 'unpacked', 'Cut', 'merged', 'check_fits', 'kept', 'gathered', 'silenced',
-           'tensors_of', 'copied', 'set_sizes', 'set_counts', 'cut', 'KeptNorm', 'silent', 'cut_optimizer']
+           'tensors_of', 'copied', 'set_sizes', 'set_counts', 'cut', 'KeptNorm', 'directions', 'silent',
+           'cut_optimizer']
 
 # %% ../../nbs/surgery/channels.ipynb #62184d31
 import copy, hashlib, json
@@ -125,7 +126,11 @@ def copied(model:nn.Module, change) -> nn.Module:
         if id(t) in memo: continue
         new = change(n, t)
         memo[id(t)] = type(t)(new, requires_grad=t.requires_grad) if type(t) is nn.Parameter else new
-    return copy.deepcopy(model, memo)
+    new = copy.deepcopy(model, memo)
+    for a, b in zip(model.modules(), new.modules()):     # what the copy of a graph module forgets
+        b.training = a.training
+        if isinstance(a, torch.fx.GraphModule): vars(b).update({k: copy.copy(v) for k, v in vars(a).items() if k.startswith("_forward") and "hooks" in k or k not in vars(b)})
+    return new
 
 # %% ../../nbs/surgery/channels.ipynb #c72b855f
 def _conv_sizes(m) -> dict:
@@ -142,6 +147,7 @@ SIZES = {nn.Linear: lambda m: dict(in_features=m.weight.shape[1], out_features=m
 # %% ../../nbs/surgery/channels.ipynb #5ebdc70d
 def set_sizes(m:nn.Module):
     "Set the sizes that `m` has noted from its tensors."
+    if type(m).__name__ == "Conv1D": m.nx, m.nf = m.weight.shape      # of transformers
     for kind, sizes in SIZES.items():
         if isinstance(m, kind):
             for k, v in sizes(m).items(): setattr(m, k, v)
@@ -166,7 +172,8 @@ def cut(model:nn.Module, removed:dict) -> nn.Module:
     check_fits(model, removed)
     small = copied(model, lambda n, t: gathered(t, removed.get(n, {})))
     set_counts(small, removed)
-    for path in sorted({n.partition(":")[0] if ":" in n else n.rpartition(".")[0] for n in removed}): set_sizes(small.get_submodule(path))
+    touched = {n.partition(":")[0] if ":" in n else n.rpartition(".")[0] for n in removed}
+    for path in sorted(touched | {p.rpartition(".")[0] for p in touched}): set_sizes(small.get_submodule(path))
     return small
 
 # %% ../../nbs/surgery/channels.ipynb #c4326436
@@ -181,13 +188,20 @@ class KeptNorm(nn.Module):
         y = self.norm(x.index_select(self.dim, at), *more)
         return y.new_zeros(x.shape).index_copy(self.dim, at, y)
 
+# %% ../../nbs/surgery/channels.ipynb #9a173053
+def directions(model) -> set:
+    "(name, dimension) of the directions of normalised weights."
+    new = {(f"{n.rpartition('.')[0]}.original1", m.dim) for n, m in model.named_modules() if type(m).__name__ == "_WeightNorm"}
+    return new | {(f"{n}.weight_v", 0) for n, m in model.named_modules() if hasattr(m, "weight_v")}
+
 # %% ../../nbs/surgery/channels.ipynb #9e8ce4c0
 @torch.no_grad()
 def silent(model:nn.Module, removed:dict, # name -> {dimension: positions}
            small:nn.Module,               # what `cut` makes of them
            ) -> nn.Module:
     "A copy of `model` in its shape, with zeros for what is removed."
-    out = copied(model, lambda n, t: silenced(t, removed.get(n, {})) if isinstance(t, nn.Parameter) else t.clone())
+    loud = directions(model)
+    out = copied(model, lambda n, t: silenced(t, {d: at for d, at in removed.get(n, {}).items() if (n, d) not in loud}) if isinstance(t, nn.Parameter) else t.clone())
     for name, dims in removed.items():
         path, _, attribute = name.partition(":")
         if attribute != INPUT: continue
