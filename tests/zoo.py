@@ -51,7 +51,7 @@ def torchvision_networks():
         real(name, functools.partial(get_model, name, weights=None, weights_backbone=None, num_classes=5), image(64), "segmentation")
         if "lraspp" not in name: real(name + "_auxiliary", functools.partial(get_model, name, weights=None, weights_backbone=None, num_classes=5, aux_loss=True), image(64), "segmentation")
     for name in list_models(module=models.video):
-        shape = (16, 224, 224) if name.startswith("mvit") else (16, 224, 224) if name == "s3d" else (8, 64, 64)
+        shape = (16, 224, 224) if name in ("mvit_v1_b", "mvit_v2_s", "s3d") else (8, 64, 64)
         real(name, functools.partial(get_model, name, weights=None), lambda shape=shape: torch.randn(1, 3, *shape), "video", seconds=600)
     for name in list_models(module=models.detection):
         own_size = name.startswith("ssd")
