@@ -128,11 +128,11 @@ def surgery(case: Case, row: dict, tmp_path):
     except UserError as e:
         row["refusal"] = str(e)
         assert_same(before, state(model))
-        assert case.refusable, f"refused: {e}"
+        assert case.refusable and "does not run" not in str(e), f"refused: {e}"
         return
     removed = half(coupling, case)
     reasons = list(dict.fromkeys(coupling.frozen.reason))
-    assert all(isinstance(r, str) and len(r) > 10 for r in reasons), "a reason is words"
+    assert all(isinstance(r, str) and len(r) > 10 for r in reasons), f"a reason is words, not {reasons}"
     row |= dict(groups=len(coupling.groups), units=sum(g.units for g in coupling.groups), removed=sum(map(len, removed.values())))
     if not any(removed.values()):
         row["refusal"] = "; ".join(reasons)
