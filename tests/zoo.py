@@ -17,9 +17,13 @@ def randomise(model: nn.Module, seed=0) -> nn.Module:
         if p.numel() and p.is_floating_point() and (p == p.flatten()[0]).all(): p.add_(.2 * torch.randn(p.shape, generator=g).to(p))
     return model
 
+LEFT = dict(small=.5, prune_nb=.5, torchvision=.5, segmentation=.5, video=.5, detection=.6, transformers=.8, timm=.6)   # parameters that may be left of a family's networks
+MORE = {"googlenet": .7, "inception_v3": .55}   # classifiers for training only stay
+
 def real(name, build, inputs, family, quick=False, seconds=300, **rest):
-    "Register a network of a library: nobody says which of its layers can be cut."
+    "Register a network of a library: nobody says which of its layers can be cut, only how much must go."
     make = lambda: build().eval().requires_grad_(True)
+    rest = dict(left=MORE.get(name, LEFT.get(family, 1))) | rest
     add(Case(f"{family}/{name}", seeded(make), seeded(inputs), tags=("quick" if quick else "slow", family), kept=True, seconds=60 if quick else seconds, **rest))
 
 def image(size, n=1): return lambda: torch.randn(n, 3, size, size)
@@ -47,7 +51,7 @@ def torchvision_networks():
         real(name, functools.partial(get_model, name, weights=None, weights_backbone=None, num_classes=5), image(64), "segmentation")
         if "lraspp" not in name: real(name + "_auxiliary", functools.partial(get_model, name, weights=None, weights_backbone=None, num_classes=5, aux_loss=True), image(64), "segmentation")
     for name in list_models(module=models.video):
-        shape = (16, 224, 224) if name.startswith("mvit") else (16, 64, 64) if name == "s3d" else (8, 64, 64)
+        shape = (16, 224, 224) if name in ("mvit_v1_b", "mvit_v2_s", "s3d") else (8, 64, 64)
         real(name, functools.partial(get_model, name, weights=None), lambda shape=shape: torch.randn(1, 3, *shape), "video", seconds=600)
     for name in list_models(module=models.detection):
         own_size = name.startswith("ssd")
