@@ -8,7 +8,7 @@ __all__ = ['SIZES', 'INPUT', 'Group', 'packed', 'unpacked', 'Cut', 'merged', 'ch
            'cut_optimizer']
 
 # %% ../../nbs/surgery/channels.ipynb #62184d31
-import copy, hashlib, json
+import copy, hashlib, inspect, json
 from dataclasses import dataclass
 import numpy as np, torch
 from torch import nn
@@ -134,7 +134,7 @@ def copied(model:nn.Module, change) -> nn.Module:
     new = copy.deepcopy(model, memo)
     for a, b in zip(model.modules(), new.modules()):     # what the copy of a graph module forgets
         b.training = a.training
-        if isinstance(a, torch.fx.GraphModule): vars(b).update({k: copy.copy(v) for k, v in vars(a).items() if k.startswith("_forward") and "hooks" in k or k not in vars(b)})
+        if isinstance(a, torch.fx.GraphModule): vars(b).update({k: copy.copy(v) for k, v in vars(a).items() if k.startswith("_forward") and "hooks" in k or k not in vars(b) and not inspect.ismethod(v)})
     return new
 
 # %% ../../nbs/surgery/channels.ipynb #c72b855f

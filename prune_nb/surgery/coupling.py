@@ -86,12 +86,18 @@ def unlogged():
     try: yield
     finally: log.disabled = was
 
+# %% ../../nbs/surgery/coupling.ipynb #613cf385
+def _on_meta(t):
+    "A parameter stays a parameter: whether it is trained decides which matrix product runs."
+    new = t.detach().to("meta")
+    return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
+
 # %% ../../nbs/surgery/coupling.ipynb #d48fabbd
 def watched(model:nn.Module, inputs, kind:str, leaf=None) -> tuple[Trace, object]:
     "A trace of one forward pass in evaluation mode on tensors of a `kind`, and the outputs."
     mode = FakeTensorMode(allow_non_fake_inputs=True) if kind == "fake" else contextlib.nullcontext()
-    hollow = dict(meta=lambda t: nn.Parameter(m, False) if isinstance(t, nn.Parameter) and (m := t.detach().to("meta")) is not None else t.to("meta"), fake=lambda t: mode.from_tensor(t)).get(kind)
-    change = (lambda n, t: hollow(t) if kind == "meta" or t.is_floating_point() else t) if hollow else (lambda n, t: nn.Parameter(t.detach(), False) if isinstance(t, nn.Parameter) else t.clone())
+    hollow = dict(meta=_on_meta, fake=lambda t: mode.from_tensor(t)).get(kind)
+    change = (lambda n, t: hollow(t) if kind == "meta" or t.is_floating_point() else t) if hollow else (lambda n, t: nn.Parameter(t.detach(), t.requires_grad) if isinstance(t, nn.Parameter) else t.clone())
     ready = kind == "meta" and leaf is not None           # a cut copy, without values
     twin = model if ready else copy.deepcopy(model, {id(t): change(n, t) for n, t in tensors_of(model).items()})
     for m in twin.modules(): m.training = False          # not eval(), which exported programs refuse
@@ -113,6 +119,7 @@ KINDS = ("meta", "fake", "real")   # of tensors: quickest first; each runs some 
 
 def run(model, inputs) -> tuple[Trace, object, str]:
     "`watched` on the first kind of tensors that the network runs on."
+    if isinstance(model, torch.jit.ScriptModule): raise UserError("A TorchScript module runs code that cannot be watched. Pass the module that it was made from.")
     for kind in KINDS:
         try: return *watched(model, to_device(inputs, device_of(model)), kind), kind
         except Exception as e: error = e
@@ -220,7 +227,7 @@ def _fault(coupling, found, model, inputs, removed, kind) -> str:
         if not t.is_floating_point(): return []
         left = {d: np.delete(ids[name, d], gone.get(name, {}).get(d, [])) for d in range(t.dim()) if (name, d) in ids}
         return [Factor((d,), l, silenced) for d, l in left.items() if len(l) > 1]
-    try: trace = watched(cut(model, gone, gathered if kind == "real" else without_values), inputs, kind, leaf)[0]
+    try: trace = watched(cut(model, gone, without_values if kind == "meta" else gathered), inputs, kind, leaf)[0]
     except Exception as e: return f"the network's code fails when it is cut: {type(e).__name__}: {str(e)[:120]}"
     settle_slices(trace)
     if kind != "real" and (why := _otherwise(found, trace, gone)): return why
