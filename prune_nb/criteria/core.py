@@ -190,7 +190,7 @@ def members_of(model:nn.Module, coupling:Coupling, seed=0) -> dict:
     return out
 
 # %% ../../nbs/criteria/core.ipynb #11e1a6e0
-MEASURES = {"loss": ("sum", "none"), "size": ("mean", "mean"), "share": ("mean", "none"), "draw": ("first", "none")}
+MEASURES = {"loss": ("sum", "none"), "loss_squared": ("sum", "none"), "size": ("mean", "mean"), "share": ("mean", "none"), "draw": ("first", "none")}
 REDUCTIONS = {"sum": lambda v: v.sum(0), "mean": lambda v: v.mean(0), "max": lambda v: v.amax(0), "first": lambda v: v[0]}
 NORMALIZATIONS = {"none": lambda s: 1., "mean": torch.mean, "sum": torch.sum, "max": torch.amax, "norm": torch.linalg.vector_norm}
 
