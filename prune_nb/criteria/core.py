@@ -217,7 +217,9 @@ def is_example(data) -> bool:
 def first_example(data):
     "The inputs of the first example of an iterable of `(inputs, targets)`, or the inputs that `data` are."
     take = lambda x: x[:1] if isinstance(x, torch.Tensor) and x.dim() else {k: take(v) for k, v in x.items()} if isinstance(x, dict) else type(x)(map(take, x)) if isinstance(x, (tuple, list)) else x
-    return data if is_example(data) else take(next(iter(data))[0])
+    if is_example(data): return data
+    for x, _ in data: return take(x)
+    raise UserError("There is nothing to score on: the data gave no batch. Pass a loader with at least one.")
 
 # %% ../../nbs/criteria/core.ipynb #c4ed247f
 @torch.no_grad()
@@ -263,7 +265,7 @@ def over_gradients(model:nn.Module, data, visit, samples=None, loss=None, progre
             if not torch.isfinite(value): raise UserError(f"The loss of a batch is {value.item()}. Check inputs, targets and weights.")
             value.backward()
             left -= len(y)
-            visit(len(y), float(value))
+            visit(len(y), value.item())
 
 # %% ../../nbs/criteria/core.ipynb #3ea04f28
 class _Average:
@@ -276,7 +278,6 @@ class _Average:
         self.examples, self.loss = self.examples + n, self.loss + n * loss
 
     def values(self) -> dict:
-        if not self.examples: raise UserError("There is nothing to score on: the data gave no batch. Pass a loader with at least one.")
         return {g: v / self.examples for g, v in self.total.items()}
 
 # %% ../../nbs/criteria/core.ipynb #f7a4aa7b
@@ -324,6 +325,7 @@ def score(model:nn.Module,
     criterion = find_method(method)()
     for n in ignore: one_of("layer to ignore", n, [n for n, _ in model.named_modules()])
     if criterion.needs != "weights" and is_example(data): raise UserError(f"Example inputs are not enough for {criterion.name!r}, which needs the loss: pass a DataLoader, or a list of (inputs, targets).")
+    if criterion.needs == "kfac" and (reduction or normalization): raise UserError(f"reduction and normalization are for methods that rank groups of channels; {criterion.name!r} ranks directions of layers. Leave them out.")
     if criterion.needs == "kfac": scores = score_layers(model, data, criterion, ignore, samples, fisher, loss, seed, progress)
     else: scores = score_groups(model, data, criterion, ignore, samples, loss, seed, reduction, normalization, progress)
     if not scores.layers and not scores.groups: raise UserError(f"No layer is left to prune with {method!r}: {'; '.join(f'{k}: {why}' for k, why in scores.skipped.items())}.")

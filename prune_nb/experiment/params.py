@@ -14,8 +14,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from ..allocate import OF
 from ..core import UserError, one_of
-from ..criteria import eigendamage
-from ..criteria.core import METHODS
+from ..criteria import eigendamage, geometric_median, magnitude, taylor
+from ..criteria.core import METHODS, NORMALIZATIONS, REDUCTIONS, find_method, method_ids
 from ..curvature.fisher import FISHERS
 from ..data import DATASETS
 from ..models import create_model
@@ -23,9 +23,9 @@ from ..runs import params_hash, project_root
 from ..train import SCHEDULES
 
 # %% ../../nbs/experiment/params.ipynb #3eacca82
-def param(default, help:str, valid=None):
-    "A dataclass field with `help`; `valid` is a collection of choices or a pair (test, description)."
-    return field(default=default, metadata=dict(help=help, valid=valid))
+def param(default, help:str, valid=None, other=dict):
+    "A dataclass field with `help`; `valid` is a collection of choices or a pair (test, description); `other()` has other names of choices."
+    return field(default=default, metadata=dict(help=help, valid=valid, other=other))
 
 # %% ../../nbs/experiment/params.ipynb #d60078eb
 def positive(what="1 or more"): return (lambda v: v > 0 and math.isfinite(v), what)
@@ -43,6 +43,7 @@ def checked(f, value):
     "`value` for the field `f`, or a sentence on what is valid."
     if value is None and f.default is None: return None
     value, valid = _typed(f.name, value, f.type), f.metadata["valid"]
+    value = f.metadata["other"]().get(value, value)
     if isinstance(valid, tuple) and callable(valid[0]):
         if not valid[0](value): raise UserError(f"Invalid {f.name} {value!r}. Valid: {valid[1]}.")
     elif valid is not None: one_of(f.name, value, valid)
@@ -154,7 +155,7 @@ PRESETS = {f"eigendamage-{model}-{dataset}": dict(_EIGENDAMAGE, model=model, dat
 @dataclass
 class PruneParams(Places):
     "A pruning experiment. None stands for the recipe of the data set."
-    method: str = param("eigendamage", "how saliency is measured: a name in prune_nb.criteria.core.METHODS", METHODS)
+    method: str = param("eigendamage", f"how saliency is measured: {' | '.join(METHODS)}, or a number of the Taylor code", METHODS, method_ids)
     ratio: float = param(.75, "fraction to remove, in [0, 1)", (lambda v: 0 <= v < 1, "a number in [0, 1), the fraction that is removed"))
     of: str = param("params", f"what the ratio is of: {' | '.join(OF)}", OF)
     dataset: str = param("digits", f"data set: {' | '.join(DATASETS)}", DATASETS)
@@ -169,7 +170,9 @@ class PruneParams(Places):
     lr_schedule: str = param(None, f"learning-rate schedule: {' | '.join(SCHEDULES)}; None: the recipe's", SCHEDULES)
     batch_size: int = param(None, "images in a batch; None: the recipe's", positive())
     fisher: str = param("mc", f"labels that gradients are taken at: {' | '.join(FISHERS)}", FISHERS)
-    samples: int = param(None, "training images for the curvature; None: the recipe's", positive())
+    samples: int = param(None, "training images for the statistics; None: the recipe's", positive())
+    reduction: str = param(None, f"how members of a coupled group become one: {' | '.join(REDUCTIONS)}; None: by what the method measures", REDUCTIONS)
+    normalization: str = param(None, f"what saliencies of a group are divided by: {' | '.join(NORMALIZATIONS)}; None: by what the method measures", NORMALIZATIONS)
     seed: int = param(0, "random seed", (lambda v: v >= 0, "0 or more"))
     device: str = param("auto", "auto | cpu | cuda | cuda:N")
     preset: str = param("", "published experiment that sets the rest, as eigendamage-vgg19-cifar100", ["", *PRESETS])
@@ -183,7 +186,10 @@ class PruneParams(Places):
         explicit = given(cls, namespace)
         return cls(**PRESETS.get(explicit.get("preset"), {}) | explicit).validated()
 
-    def validated(self): return super().validated().complete(RECIPES["prune"])
+    def validated(self):
+        super().validated()
+        if find_method(self.method).needs == "kfac" and (self.reduction or self.normalization): raise UserError(f"reduction and normalization are for methods that rank groups of channels; {self.method!r} ranks directions of layers. Leave them out.")
+        return self.complete(RECIPES["prune"])
 
     @property
     def id(self): return self.run_name or f"{self.method}-{self.model.replace('/', '-')}-{self.dataset}-{params_hash(self.identity())}"

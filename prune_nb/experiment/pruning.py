@@ -6,7 +6,7 @@
 __all__ = ['LATENCY_BATCH', 'baseline_folder', 'given_checkpoint', 'Experiment', 'stages_table']
 
 # %% ../../nbs/experiment/pruning.ipynb #ece0d37c
-import json
+import json, math
 from functools import partial
 from pathlib import Path
 import pandas as pd
@@ -15,7 +15,7 @@ from ..allocate import allocate
 from ..api import Result, operate
 from ..core import derived_seed, load_tensors, save_tensors
 from ..criteria.core import load_scores, save_scores, score
-from ..criteria.oracle import layer_oracle
+from ..criteria.oracle import layer_oracle, predicted
 from .baseline import experiment_data, new_model, pretrain, set_threads, shipped
 from .params import PruneParams, torch_device
 from ..profile import count_macs, count_params, latencies_ms
@@ -82,12 +82,12 @@ class Experiment:
         path = self.run.path("scores.safetensors")
         if path.exists(): return load_scores(path)
         p = self.params
-        with timed(self.run, "statistics"): scores = score(self.model, self.images, p.method, p.samples, p.fisher, seed=derived_seed(p.seed, "labels"))
+        with timed(self.run, "statistics"): scores = score(self.model, self.images, p.method, p.samples, p.fisher, seed=derived_seed(p.seed, "labels"), reduction=p.reduction, normalization=p.normalization)
         save_scores(scores, path)
         return scores
 
     def oracle(self, examples=512) -> pd.DataFrame:
-        "Predicted and measured rise of the loss, layer by layer, on the first `examples` of the images that the scores are of."
+        "Predicted and measured rise of the loss, layer by layer or group by group, on the first `examples` of the images that the scores are of."
         with discarded_on_error(self.run) as run, timed(run, "oracle"): return layer_oracle(self.model, self.result.plan, self.data.train.plain(min(self.params.samples, examples)))
 
     def finetune(self) -> nn.Module:
@@ -108,8 +108,9 @@ class Experiment:
         "Write `result.json`."
         self.time_both()
         p, (loss, base) = self.params, (evaluate(m, self.images)["loss"] for m in (self.result.plan.masked(self.model), self.model))
+        expected = predicted(self.result.plan)
         result = save_result(self.run, method=p.method, model=p.model, dataset=p.dataset, ratio=p.ratio, of=p.of, seed=p.seed, **self.stages,
-                             predicted_loss_change=self.result.plan.predicted_loss_change, measured_loss_change=loss - base, device=str(torch_device(p.device)))
+                             predicted_loss_change=None if math.isnan(expected) else expected, measured_loss_change=loss - base, device=str(torch_device(p.device)))
         self.run.path("training.safetensors").unlink(missing_ok=True)
         self.run.close()
         return result
