@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core import Progress, UserError, generator, one_of, untouched
-from .fisher import FISHERS, fisher_losses
+from ..core import Progress, UserError, one_of, untouched
+from .fisher import FISHERS, Chances, fisher_losses, tensors_in
 from .kernels import as_images, assembled, geometry, gradient_gram, input_sums, patch_sum, square_sums, tap_sums, with_one
 from .passes import Checkpoint, all_reduced, fingerprint, layer_bytes, split_layers, stability
 from ..profile import attention_fastpath_off, call, to_device
@@ -197,16 +197,9 @@ def _channels(A, offsets, bias):
 # %% ../../nbs/curvature/kfac.ipynb #b8e3e03d
 def batch_size(batch) -> int:
     "Length of the first tensor in a tensor, or in a nest of tuples, lists and dicts. Raises `UserError` where there is none."
-    for item in _leaves(batch):
-        if isinstance(item, torch.Tensor) and item.ndim: return len(item)
+    for item in tensors_in(batch): return len(item)
     raise UserError(f"Cannot tell how many examples are in a {type(batch).__name__}. "
                     "Inputs are a tensor, a tuple of tensors or a dict of tensors, examples along the first dimension.")
-
-# %% ../../nbs/curvature/kfac.ipynb #36a4e17b
-def _leaves(batch):
-    if not isinstance(batch, (tuple, list, Mapping)): yield batch
-    else:
-        for item in batch.values() if isinstance(batch, Mapping) else batch: yield from _leaves(item)
 
 # %% ../../nbs/curvature/kfac.ipynb #1f5794d0
 def first_examples(batch, n:int, # how many
@@ -252,7 +245,7 @@ def add_batch(model, sums:dict, inputs, targets, n:int, fisher="mc", loss=None, 
     with listening(sums, n, half) as roots:
         outputs = call(model, inputs)
         for s in sums.values(): s.heard()
-        scalars = fisher_losses(outputs, targets, fisher, loss, draws, labels, examples=n)
+        scalars = fisher_losses(outputs, targets, fisher, loss, draws, labels(inputs, n, draws) if labels and fisher == "mc" else None, examples=n)
         if not roots or not scalars[0].requires_grad:
             raise UserError(f"No gradient of the loss comes back to any of the layers {', '.join(sums)}. Choose layers that the outputs depend on.")
         for i, scalar in enumerate(scalars, 1):
@@ -309,7 +302,7 @@ def sweep(model:nn.Module, sums:dict, # name -> `LayerSums`
     afterwards."""
     one_of("fisher", fisher, FISHERS), check_samples(samples)
     device, auto, rank = next(iter(sums.values())).module.weight.device, samples == "auto", torch.distributed.get_rank(group) if group else 0
-    labels = generator(seed, "fisher", *[rank] * (rank > 0), device=device if device.type == "cuda" else "cpu")
+    labels = Chances(seed)
     file = Checkpoint(checkpoint, sums, labels, _settings(model, sums, fisher, draws, seed, rank)) if checkpoint else None
     seen, examples, total = file.load(device) if file else (0, 0, 0.)
     i, bar = -1, Progress(batches(data, None if auto else samples), label, len(data) if samples is None and hasattr(data, "__len__") else None)

@@ -51,7 +51,7 @@ def fingerprint(model:nn.Module) -> str:
 # %% ../../nbs/curvature/passes.ipynb #d20f792c
 class Checkpoint:
     "A file that a pass goes on from. `settings` must be the same again."
-    def __init__(self, path, sums:dict, labels:torch.Generator, settings:dict):
+    def __init__(self, path, sums:dict, labels, settings:dict):   # labels: what draws them, with `get_state` and `set_state`
         self.path, self.sums, self.labels, self.settings = Path(path), sums, labels, settings
 
     def save(self, batch:int, examples:int, total):
