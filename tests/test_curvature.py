@@ -1,6 +1,8 @@
 "Statistics of randomly drawn layers against brute force in float64: one example, one class, one weight at a time, by automatic differentiation."
+import itertools, subprocess, sys
 from typing import NamedTuple
-import torch, pytest
+import torch
+from conftest import ENVIRONMENT, ROOT
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from torch import nn
 from prune_nb.core import generator
@@ -16,7 +18,7 @@ def normal(*shape, seed=0): return torch.randn(shape, dtype=torch.float64, gener
 
 def near(found, expected):
     "To `EXACT` of the largest entry, which must not be zero."
-    assert found.shape == expected.shape and found.dtype == torch.float64
+    assert found.shape == expected.shape and found.dtype == expected.dtype == torch.float64
     assert float((found - expected).abs().max()) <= EXACT * float(expected.abs().max()), (found, expected)
 
 
@@ -127,18 +129,21 @@ def test_factors_and_diagonal(case, bias):
 
 
 @quick
-@given(cases(), st.sampled_from(["eigenvectors", "random"]), st.booleans())
-def test_ekfac_moments(case, kind, full):
+@given(cases(), st.sampled_from(["eigenvectors", "random"]), st.booleans(), st.booleans())
+def test_ekfac_moments(case, kind, full, bias):
     layer, groups = case.layer, getattr(case.layer, "groups", 1)
-    bases = layer_bases(collect(case.net, case.data, layers=["0"], a="both", fisher=case.fisher, progress=False), full=full)
+    bases = layer_bases(collect(case.net, case.data, layers=["0"], a="both", bias=bias, fisher=case.fisher, progress=False), full=full)
     if kind == "random": bases = {"0": tuple(torch.linalg.qr(normal(*b.shape, seed=1)).Q for b in bases["0"])}
-    found = second_moments(case.net, case.data, bases, fisher=case.fisher, progress=False)["0"]
+    found = second_moments(case.net, case.data, bases, fisher=case.fisher, bias=bias, progress=False)["0"]
     U, V = (grouped(b, layer) for b in bases["0"])
-    d = brute(case).rows[:, :, :-1].unflatten(1, (groups, -1))   # row x groups x C_out x D
-    if full: expected = torch.einsum("rgod,gou,gdv->rguv", d, U, V)
-    else: expected = torch.einsum("rgoct,gou,gcv->rguvt", d.unflatten(3, (-1, taps(layer))), U, V)
+    rows, last = brute(case).rows.unflatten(1, (groups, -1)), bias and layer.bias is not None   # row x groups x C_out x D + 1
+    if full: expected = torch.einsum("rgod,gou,gdv->rguv", rows if last else rows[..., :-1], U, V)
+    else:   # the bias at every offset
+        d = rows[..., :-1].unflatten(3, (-1, taps(layer)))
+        if last: d = torch.cat([d, rows[..., -1:, None].expand(*d.shape[:3], 1, d.shape[-1])], 3)
+        expected = torch.einsum("rgoct,gou,gcv->rguvt", d, U, V)
     expected = expected.square().sum(0).flatten(0, 1) / len(case.x)
-    assert found.shape == (layer.weight.flatten(1) if full and taps(layer) > 1 else layer.weight).shape
+    assert found.shape[1] == (V.shape[-1] if full or taps(layer) == 1 else layer.weight.shape[1] + last)
     near(found.flatten(1), expected.flatten(1))
 
 
@@ -159,3 +164,40 @@ def test_one_position_of_one_example_is_exact(case, bias):
     k = collect(one.net, one.data, layers=["0"], a="full", bias=bias, fisher=one.fisher, progress=False)["0"]
     rows = brute(one).rows[..., :None if bias and case.layer.bias is not None else -1].flatten(1)
     near(torch.kron(k.G, k.A_full), rows.T @ rows)
+
+
+SCRIPT = """
+import sys, torch
+from torch import nn
+from torch.distributed import init_process_group, group
+from prune_nb.core import generator
+from prune_nb.curvature.ekfac import layer_bases, second_moments
+from prune_nb.curvature.kfac import collect
+torch.set_num_threads(1)
+folder, rank, shared = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(36, 3)).double()
+with torch.no_grad():
+    for i, w in enumerate(net.parameters()): w.copy_(.5 * torch.randn(w.shape, generator=generator(0, i)))
+x, y = torch.randn(26, 2, 5, 5, generator=generator(0, "x")).double(), torch.arange(26) % 3
+everything = list(zip(x.split(4), y.split(4)))
+if shared: init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+every, options = group.WORLD if shared else None, dict(draws=2, bias=True, progress=False)
+shares = {"uneven": [everything[:5], everything[5:]], "single": [[(x[r::2], y[r::2])] for r in range(2)]}
+for name in shared or ["alone"]:
+    data = shares[name][rank] if shared else everything
+    statistics = collect(net, data, a="full", group=every, **options)
+    moments = second_moments(net, data, layer_bases(statistics, full=True, group=every), group=every, **options)
+    torch.save({n: [k.A_full, k.G, moments[n]] for n, k in statistics.items()} | {"loss": [torch.tensor([statistics.loss, moments.loss]).double()]}, f"{folder}/{name}{rank}")
+"""
+
+def test_two_processes_equal_one(tmp_path):
+    "Drawn labels, both passes and the eigenbases between them, whatever the shares."
+    started = [subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path), str(rank), *shared], cwd=ROOT, env=ENVIRONMENT)
+               for rank, shared in [(0, []), (0, ["uneven", "single"]), (1, ["uneven", "single"])]]
+    assert [p.wait(timeout=240) for p in started] == [0, 0, 0]
+    alone = torch.load(tmp_path / "alone0")
+    for split, rank in itertools.product(["uneven", "single"], range(2)):
+        found = torch.load(tmp_path / f"{split}{rank}")
+        assert list(found) == list(alone)
+        for name, numbers in alone.items():
+            for got, expected in zip(found[name], numbers): near(got, expected)

@@ -7,7 +7,8 @@ __all__ = ['Geometry', 'padding_of', 'geometry', 'as_images', 'padded', 'matrix_
            'channels_last', 'gradient_gram', 'reads', 'channel_gram', 'patches', 'positions', 'chunks', 'patch_gram',
            'left_out', 'leaves_out', 'line_pairs', 'offset_sums', 'from_offsets', 'pixel_gram', 'from_pixels',
            'way_for', 'input_sums', 'assembled', 'patch_sum', 'tap_sums', 'with_one', 'example_gradients',
-           'single_gradients', 'pair_squares', 'square_way', 'square_sums', 'rotated', 'turns_last', 'moment_sums']
+           'single_gradients', 'pair_squares', 'square_way', 'square_sums', 'by_channel', 'rotated', 'turns_last',
+           'moment_sums']
 
 # %% ../../nbs/curvature/kernels.ipynb #5f3eebf6
 import itertools, math
@@ -360,34 +361,40 @@ def square_sums(calls:list, # (x, g) of every call of the layer: N x C_in x H x 
 # %% ../../nbs/curvature/kernels.ipynb #642df79b
 def _filters(basis, *kernel): return basis.mT.reshape(-1, basis.shape[1] // max(1, kernel[0] * kernel[1]), *kernel)
 
+# %% ../../nbs/curvature/kernels.ipynb #67d32eb8
+def by_channel(x, geo, V, bias) -> bool: return (V.shape[1] - bias) * geo.groups == x.shape[1]
+
 # %% ../../nbs/curvature/kernels.ipynb #8c6bfc6c
-def rotated(x, g, geo:Geometry, U, V) -> tuple:
-    "(x, g, geometry) of the layer whose gradients are U^T d V. `U` is groups x C x C, `V` groups x C x C or groups x D x D."
+def rotated(x, g, geo:Geometry, U, V, bias:bool=False) -> tuple:
+    "(x, g, geometry) of the layer whose gradients are U^T d V. `U` is groups x C x C, `V` groups x C x C or groups x D x D, a row and column more with a `bias`."
     g = F.conv2d(g, _filters(U, 1, 1), groups=geo.groups)
-    if V.shape[1] * geo.groups == x.shape[1]: return F.conv2d(x, _filters(V, 1, 1), groups=geo.groups), g, geo
-    x, geo = padded(x, geo)
-    x = F.conv2d(F.pad(x, geo.padding), _filters(V, *geo.kernel), stride=geo.stride, dilation=geo.dilation, groups=geo.groups)
-    return x, g, Geometry(groups=geo.groups)
+    one, V, channel = V[:, -1].flatten() if bias else None, V[:, :-1] if bias else V, by_channel(x, geo, V, bias)
+    if bias or not channel:   # a constant 1 does not end at the border
+        x, geo = padded(x, geo)
+        x, geo = F.pad(x, geo.padding), Geometry(geo.kernel, geo.stride, geo.dilation, groups=geo.groups)
+    if channel: return F.conv2d(x, _filters(V, 1, 1), one, groups=geo.groups), g, geo
+    return F.conv2d(x, _filters(V, *geo.kernel), one, geo.stride, dilation=geo.dilation, groups=geo.groups), g, Geometry(groups=geo.groups)
 
 # %% ../../nbs/curvature/kernels.ipynb #b2f39326
-def turns_last(x, g, geo, V) -> bool:
+def turns_last(x, g, geo, V, bias=False) -> bool:
     "Whether turning the gradient costs clearly less than turning every patch, by multiply-accumulates."
     d, c, p = V.shape[1], g.shape[1] // geo.groups, g[0, 0].numel()
-    return d * geo.groups != x.shape[1] and p * (d * d + c * d + c * c) > 1.7 * c * d * (p + d + c)
+    return not by_channel(x, geo, V, bias) and p * (d * d + c * d + c * c) > 1.7 * c * d * (p + d + c)
 
 # %% ../../nbs/curvature/kernels.ipynb #218dbbf9
-def moment_sums(calls:list, geo:Geometry, U, V, last:bool=None, limit:float=32e6) -> torch.Tensor:
-    "C_out x columns of `V` (x taps, for a channel basis): sum over examples of the squares of U^T d V, d the gradient of the weight."
-    if not (turns_last(*calls[0], geo, V) if last is None else last):
-        turned = [rotated(x, g, geo, U, V) for x, g in calls]
+def moment_sums(calls:list, geo:Geometry, U, V, bias:bool=False, last:bool=None, limit:float=32e6) -> torch.Tensor:
+    "C_out x columns of `V` (x taps, for a channel basis): sum over examples of the squares of U^T d V, d the gradient of the weight, and of the bias in the last column."
+    if not (turns_last(*calls[0], geo, V, bias) if last is None else last):
+        turned = [rotated(x, g, geo, U, V, bias) for x, g in calls]
         return square_sums([(x, g) for x, g, _ in turned], turned[0][2], limit=limit)
     total = 0
     for part in zip(*(chunks(t, 2 * U.shape[0] * U.shape[1] * V.shape[1], limit) for call in calls for t in call)):
-        d = sum(_gradients(x, g, geo) for x, g in zip(part[::2], part[1::2])).unflatten(1, (geo.groups, -1))
+        d = sum(_gradients(x, g, geo, bias) for x, g in zip(part[::2], part[1::2])).unflatten(1, (geo.groups, -1))
         total = total + (U.mT @ (d @ V)).square_().sum(0)
     return total.flatten(0, 1)
 
 # %% ../../nbs/curvature/kernels.ipynb #fb017c07
-def _gradients(x, g, geo):
-    if square_way(x, g, geo) != "single": return example_gradients(x, g, geo)
-    return torch.stack([d.flatten(1) for d in single_gradients(x, g, geo)])
+def _gradients(x, g, geo, bias=False):
+    single = square_way(x, g, geo) == "single"
+    d = torch.stack([d.flatten(1) for d in single_gradients(x, g, geo)]) if single else example_gradients(x, g, geo)
+    return torch.cat([d, g.flatten(2).sum(2, keepdim=True)], 2) if bias else d
