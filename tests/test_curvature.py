@@ -167,9 +167,9 @@ def test_one_position_of_one_example_is_exact(case, bias):
 
 
 SCRIPT = """
-import sys, torch
+import os, sys, torch
 from torch import nn
-from torch.distributed import destroy_process_group, group, init_process_group
+from torch.distributed import barrier, destroy_process_group, group, init_process_group
 from prune_nb.core import generator
 from prune_nb.curvature.ekfac import layer_bases, second_moments
 from prune_nb.curvature.kfac import collect
@@ -188,7 +188,10 @@ for name in shared or ["alone"]:
     statistics = collect(net, data, a="full", group=every, **options)
     moments = second_moments(net, data, layer_bases(statistics, full=True, group=every), group=every, **options)
     torch.save({n: [k.A_full, k.G, moments[n]] for n, k in statistics.items()} | {"loss": [torch.tensor([statistics.loss, moments.loss]).double()]}, f"{folder}/{name}{rank}")
-if shared: destroy_process_group()
+if shared:
+    barrier()
+    destroy_process_group()
+    os._exit(0)   # the threads of gloo may abort a process that shuts down by itself
 """
 
 def test_two_processes_equal_one(tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FISHERS', 'is_cross_entropy', 'check_likelihood', 'tensors_in', 'scrambled', 'example_keys', 'Chances',
-           'sampled_labels', 'fisher_losses']
+           'sampled_labels', 'mean_loss', 'fisher_losses']
 
 # %% ../../nbs/curvature/fisher.ipynb #7181e83b
 from collections.abc import Mapping
@@ -100,6 +100,17 @@ def sampled_labels(logits:torch.Tensor, # N x C
     below = logits.detach().to(u.device, torch.float64).softmax(1).cumsum(1)
     return torch.searchsorted(below, u, right=True).clamp_(max=logits.shape[1] - 1).to(logits.device)
 
+# %% ../../nbs/curvature/fisher.ipynb #90695fd7
+def mean_loss(outputs, targets, loss=None) -> torch.Tensor:
+    "`loss`, the cross-entropy when None, of `outputs` and `targets`. Raises `UserError` for what is no scalar tensor, and for targets that the cross-entropy does not take."
+    try: value = (loss or F.cross_entropy)(outputs, targets)
+    except (TypeError, RuntimeError, IndexError, ValueError, AttributeError) as error:
+        if not is_cross_entropy(loss): raise
+        raise UserError(f"The cross-entropy does not take these outputs and targets ({error}). Give class numbers from 0 as targets, or a loss of your own.") from error
+    if isinstance(value, torch.Tensor) and value.ndim == 0: return value
+    found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+    raise UserError(f"The loss must be a scalar tensor, the mean over the batch, and it gave {found}. Take the mean, and no .item().")
+
 # %% ../../nbs/curvature/fisher.ipynb #22d74a46
 def fisher_losses(outputs, # of the model: N x C logits, anything for "empirical"
                   targets,
@@ -113,8 +124,8 @@ def fisher_losses(outputs, # of the model: N x C logits, anything for "empirical
     mc: -log p(c) / sqrt(draws) for c drawn from p;  exact: -sqrt(p(c)) log p(c), the root held constant, for every class c;  empirical: N * loss.
     Raises `UserError` where `mc` or `exact` have no likelihood to work with."""
     if one_of("fisher", fisher, FISHERS) == "empirical":
-        return [(loss or F.cross_entropy)(outputs, targets) * (len(targets) if examples is None else examples)]
-    if draws < 1: raise UserError(f"Invalid draws {draws!r}. Give a whole number of labels an example, 1 or more.")
+        return [mean_loss(outputs, targets, loss) * (len(targets) if examples is None else examples)]
+    if not isinstance(draws, int) or draws < 1: raise UserError(f"Invalid draws {draws!r}. Give a whole number of labels an example, 1 or more.")
     check_likelihood(fisher, outputs, loss)
     log_p = outputs.to(torch.promote_types(outputs.dtype, torch.float32)).log_softmax(1)
     if fisher == "exact": return [-(column.detach() / 2).exp() @ column for column in log_p.unbind(1)]
