@@ -11,7 +11,8 @@ import contextlib, copy, time
 from collections.abc import Mapping
 import numpy as np, pandas as pd, torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from .core import UserError, untouched
 
 # %% ../nbs/profile.ipynb #888f9926
@@ -58,15 +59,30 @@ def attention_fastpath_off():
     try: yield
     finally: torch.backends.mha.set_fastpath_enabled(was)
 
+# %% ../nbs/profile.ipynb #2fd11cb8
+class _Counter(TorchDispatchMode):
+    "Adds up PyTorch's formulas in `flops` (two per multiply-accumulate) for all that runs under it."
+    flops = 0
+    @classmethod
+    def _should_skip_dynamo(cls): return False   # True loads torch._dynamo at the first operation
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is None:
+            with self: made_of = func.decompose(*args, **(kwargs or {}))
+            if made_of is not NotImplemented: return made_of
+        out = func(*args, **(kwargs or {}))
+        if formula: self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
 # %% ../nbs/profile.ipynb #ff690401
 def _charge(model:nn.Module, counter) -> dict:
     "Hook `model` so that while it runs under `counter`, operations are charged to the innermost running module that holds parameters itself."
     flops, running, mark = {}, [""], 0
     def settle():
         nonlocal mark
-        total = counter.get_total_flops()
-        flops[running[-1]] = flops.get(running[-1], 0) + total - mark
-        mark = total
+        flops[running[-1]] = flops.get(running[-1], 0) + counter.flops - mark
+        mark = counter.flops
     def enter(name):
         settle(); running.append(name)
     def leave():
@@ -84,10 +100,10 @@ def layer_macs(model:nn.Module, inputs) -> dict:
     A layer is a module that holds parameters itself; what nested layers do is theirs. Operations outside every layer stand under the name "".
     The model is copied, never touched."""
     model = copy.deepcopy(model).eval()
-    with attention_fastpath_off(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with attention_fastpath_off(), torch.no_grad(), _Counter() as counter:
         flops = _charge(model, counter)
         call(model, to_device(inputs, device_of(model)))
-    flops[""] = flops.get("", 0) + counter.get_total_flops() - sum(flops.values())
+    flops[""] = flops.get("", 0) + counter.flops - sum(flops.values())
     return {name: n // 2 for name, n in flops.items() if name or n}
 
 # %% ../nbs/profile.ipynb #2714a2a5

@@ -1,5 +1,7 @@
 "Papermill in processes of its own, two at a time; a baseline that is trained once; CIFAR, where it is."
 import json, os, re, subprocess, sys
+sys.dont_write_bytecode = False   # or every process compiles all that it imports anew, which is more than half of its work
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple

@@ -24,8 +24,24 @@ def test_every_module_has_its_notebook():
 
 
 def test_core_imports_without_the_notebook_tools():
-    blocked = ["nbdev", "fastcore", "execnb", "plotly", "papermill", "thop", "IPython", "ipykernel", "ipywidgets"]
+    blocked = ["nbdev", "fastcore", "execnb", "plotly", "papermill", "thop", "IPython", "ipykernel", "ipywidgets", "onnx", "onnxscript", "onnxruntime"]
     code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import prune_nb.api, prune_nb.train, prune_nb.experiment.pruning"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_compiler_is_not_loaded():
+    "torch._dynamo takes one to four seconds: no guard, no count, no surgery needs it (an optimiser of torch.optim loads it)."
+    code = """
+import sys, torch
+from prune_nb.api import prune
+from prune_nb.experiment.params import PruneParams
+from prune_nb.models import create_model
+PruneParams(model="densenet40", dataset="cifar10").validated()
+data = [(torch.randn(8, 1, 32, 32), torch.arange(8) % 10)]
+prune(create_model("lenet", in_channels=1, seed=0), data, of="units")
+assert "torch._dynamo" not in sys.modules
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

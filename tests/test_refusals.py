@@ -12,6 +12,9 @@ OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY
 REFUSED = {
     "unknown parameter": (dict(ratoi=.5), "Invalid parameter 'ratoi'. Did you mean 'ratio'? Valid: method, ratio, of, "),
     "method": (dict(method="eigendamag"), "Invalid method 'eigendamag'. Did you mean 'eigendamage'? Valid: eigendamage"),
+    "model": (dict(model="resnet21"), "Invalid model 'resnet21'. Did you mean 'resnet32'? Valid: vgg16, vgg19, resnet20, "),
+    "data set": (dict(dataset="cifar"), "Invalid dataset 'cifar'. Did you mean 'cifar10'? Valid: digits, cifar10, cifar100."),
+    "ratio": (dict(ratio=1), "Invalid ratio 1.0. Valid: a number in [0, 1)"),
     "checkpoint of another architecture": (dict(checkpoint="BASELINE"), "is of another network ("),
     "pickled checkpoint": (dict(checkpoint="PICKLE"), "is not a readable safetensors file"),
     "runs_dir below a file": (dict(model="lenet", checkpoint="BASELINE", runs_dir="FILE/runs"), "Give runs_dir=, a folder that you may write to."),
@@ -46,9 +49,6 @@ def test_refused_through_papermill(refusals, name):
 
 @pytest.mark.parametrize("parameters, sentence", [
     (dict(of="latency"), "Invalid of 'latency'. Valid: units, params, macs."),
-    (dict(model="resnet21"), "Invalid model 'resnet21'. Did you mean 'resnet32'? Valid: vgg16, vgg19, resnet20, "),
-    (dict(dataset="cifar"), "Invalid dataset 'cifar'. Did you mean 'cifar10'? Valid: digits, cifar10, cifar100."),
-    (dict(ratio=1), "Invalid ratio 1.0. Valid: a number in [0, 1)"),
     (dict(schedule="gradual"), "Invalid schedule 'gradual'. Valid: one_shot."),
     (dict(rounds=3), "Invalid rounds 3. Valid: 1."),
     (dict(preset="eigendamage-vgg16-cifar10"), "Did you mean 'eigendamage-vgg19-cifar10'? Valid: "),

@@ -11,6 +11,7 @@ import ast, dataclasses, math, re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import torch
+from torch.overrides import TorchFunctionMode
 from ..allocate import OF
 from ..core import UserError, one_of
 from ..criteria import eigendamage
@@ -84,6 +85,13 @@ def torch_device(name:str) -> torch.device:
     valid = ["auto", "cpu"] + [d for i in range(torch.cuda.device_count()) for d in ([] if i else ["cuda"]) + [f"cuda:{i}"]]
     return torch.device(one_of("device", name, valid))
 
+# %% ../../nbs/experiment/params.ipynb #5c73398f
+class _Shapes(TorchFunctionMode):
+    "Inside, initial weights are not drawn: networks are built for their shapes. (On the meta device, drawing loads the whole compiler.)"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ not in ("normal_", "uniform_"): return func(*args, **(kwargs or {}))
+        return args[0] if args else kwargs["tensor"]
+
 # %% ../../nbs/experiment/params.ipynb #1cdad28f
 class Places:
     "What both kinds of parameters do. A field in `elsewhere` says where, not what: it does not change a number."
@@ -97,7 +105,7 @@ class Places:
         for f in fields(self): setattr(self, f.name, checked(f, getattr(self, f.name)))
         torch_device(self.device)
         info = DATASETS[self.dataset]
-        with torch.device("meta"): create_model(self.model, info.classes, info.channels, info.image_size)
+        with torch.device("meta"), _Shapes(): create_model(self.model, info.classes, info.channels, info.image_size)
         return self
 
     def identity(self) -> dict: return {k: v for k, v in dataclasses.asdict(self).items() if k not in self.elsewhere}

@@ -166,7 +166,7 @@ def shifted_windows(trace, m, x=None, out=None, **more) -> list:
         trace.labels.unite(parameter(trace, scale), heads, why)
         trace.labels.unite(parameter(trace, last.weight), heads, why)
         unite_all(trace, why, parameter(trace, into.weight), parameter(trace, into.bias), parameter(trace, last.weight, 1))
-    for p in (m.relative_position_bias_table,) if scale is None else (into.weight,): trace.freeze(p, "positions" , [0] if scale is None else [1])
+    for p in (m.relative_position_bias_table,) if scale is None else (into.weight,): trace.freeze(p, "rows and coordinates are positions", [0] if scale is None else [1])
     trace.count("num_heads", heads)
     return [[Factor((3,), parameter(trace, m.proj.weight), True)]]
 
@@ -221,7 +221,7 @@ FEATURES = set("attention_head_size head_dim head_size dim_head dim_per_head att
 
 # %% ../../nbs/surgery/modules.ipynb #1d97dce2
 def sizes_of_heads(trace, model, split, axis):
-    "Note sizes, of the module that ran, that are those of a split dimension."
+    "Note sizes, of the module that ran, that are those of a split dimension: of heads where features follow, of features where nothing does."
     path, labels = split.owner, split.labels
     one = labels[tuple(slice(None) if i == axis else 0 for i in range(labels.ndim))]
     for name, value in vars(model.get_submodule(path)).items():
