@@ -835,7 +835,7 @@ def messages_on_a_graph(m, x):
     y = m.b(y)
     return m.c(torch.zeros_like(y).scatter_add(0, m.target[:, None].expand(-1, y.shape[1]), y[m.source]))
 
-@nasty(lambda: dict(a=Linear(6, 8), b=Linear(8, 4), c=Linear(6, 8), d=par(2, 4, 3)), "a.weight:0 c.weight:0 b.weight:1", "b.weight:0", inputs=tokens, refusable=True)
+@nasty(lambda: dict(a=Linear(6, 8), b=Linear(8, 4), c=Linear(6, 8), d=par(2, 4, 3)), "a.weight:0 c.weight:0 b.weight:1 b.weight:0 d:1", "d:0 d:2", inputs=tokens)
 def other_products(m, x):
     y = torch.addcmul(m.a(x), m.a(x), m.c(x), value=.5)
     z = torch.lerp(y, m.c(x), .3)
