@@ -31,7 +31,7 @@ def packed(at:np.ndarray) -> list:
     "Positions as plain data, short where they are regular."
     units, n = at.shape
     short = [int(at[0, 0]), int(at[1, 0] - at[0, 0]) if units > 1 else 1, n, int(at[0, 1] - at[0, 0]) if n > 1 else 1]
-    return short if np.array_equal(unpacked(short, units), at) else at.tolist()
+    return short if (at[:, :1] == short[0] + short[1] * np.arange(units)[:, None]).all() and (at - at[:, :1] == short[3] * np.arange(n)).all() else at.tolist()
 
 # %% ../../nbs/surgery/channels.ipynb #68179c22
 def unpacked(short:list, units:int) -> np.ndarray:
@@ -74,12 +74,12 @@ class Cut:
 
 # %% ../../nbs/surgery/channels.ipynb #12169054
 def merged(parts) -> dict:
-    "Several name -> {dimension: positions} in one, without repetitions."
+    "Several name -> {dimension: positions} in one."
     out = {}
     for part in parts:
         for n, dims in part.items():
             for d, at in dims.items(): out.setdefault(n, {}).setdefault(d, []).append(at)
-    return {n: {d: np.unique(np.concatenate(at)) for d, at in dims.items()} for n, dims in out.items()}
+    return {n: {d: np.sort(np.concatenate(at)) for d, at in dims.items()} for n, dims in out.items()}
 
 # %% ../../nbs/surgery/channels.ipynb #c124f5ea
 def check_fits(model:nn.Module, removed:dict):
@@ -162,13 +162,13 @@ INPUT = "input"   # `module:input` is no size, but the input that a module norma
 
 # %% ../../nbs/surgery/channels.ipynb #cb96898a
 def set_counts(model:nn.Module, removed:dict):
-    "Lower the sizes `module:attribute` by what is removed of them."
+    "Lower the sizes `module:attribute` by what is removed of them; of a tuple of sizes the one at the dimension."
     for name, dims in removed.items():
         path, _, attribute = name.partition(":")
         if attribute in ("", INPUT): continue
         m = model.get_submodule(path)
-        old, n = getattr(m, attribute), len(dims[0])
-        setattr(m, attribute, old - n if isinstance(old, int) else type(old)([*old[:-1], old[-1] - n]))
+        old = getattr(m, attribute)
+        setattr(m, attribute, old - len(dims[0]) if isinstance(old, int) else type(old)([v - len(dims.get(d, ())) for d, v in enumerate(old)]))
 
 # %% ../../nbs/surgery/channels.ipynb #df7c5bba
 @torch.no_grad()

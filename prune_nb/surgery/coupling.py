@@ -158,7 +158,8 @@ def _grouped(leaves, components, reasons) -> tuple[list, pd.DataFrame]:
         starts = np.cumsum(counts) - counts
         first = dict.fromkeys(signatures[c[free[c]]].tolist())
         for s in first:
-            units = groups.setdefault(s, (name, d, _in_order(c, signatures, s, free), {}))[2]
+            if s not in groups: groups[s] = name, d, _in_order(c, signatures, s, free), {}
+            units = groups[s][2]
             groups[s][3].setdefault(name, {})[d] = order[starts[units][:, None] + np.arange(counts[units[0]])]
         for why, k in _counted(c[~free[c]], reasons).items(): stays.append(dict(parameter=name, dimension=d, indices=k, reason=why))
     return _named(groups, stays)
