@@ -62,7 +62,8 @@ class Trace(TorchDispatchMode):
     def known(self, t:torch.Tensor) -> list:
         "The factors of a tensor."
         if (found := getattr(t, FACTORS, None)) is None:
-            found = self.leaf(*self.named[id(t)], t) if id(t) in self.named else []
+            if id(t) not in self.named: return []
+            found = self.leaf(*self.named[id(t)], t)
             setattr(t, FACTORS, found)
         return found
 
@@ -779,7 +780,6 @@ def _made(trace, out, name, **arguments) -> list:
     "New tensors know nothing; reading a value freezes what was read."
     if name in ("_local_scalar_dense", "is_nonzero", "bucketize", "equal", "nonzero"):
         for t in tensors(list(arguments.values())): trace.freeze(t, "its values decide what the network does")
-    return [] if isinstance(out, torch.Tensor) else None
 
 # %% ../../nbs/surgery/rules.ipynb #f7ac4f05
 @rule("as_strided", "as_strided_")
