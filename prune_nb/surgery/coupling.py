@@ -17,7 +17,7 @@ from ..core import UserError, one_of, rng_state, set_rng_state
 from ..profile import attention_fastpath_off, call, device_of, to_device
 from .channels import INPUT, Cut, Group, cut, gathered, tensors_of, without_values
 from .labels import STAYS, Factor, settle
-from .modules import WHOLE, sizes_of_heads
+from .modules import rule_of, sizes_of_heads
 from .plan import Plan, signature
 from .rules import FACTORS, Trace, settle_groups, settle_slices, tensors
 
@@ -43,9 +43,9 @@ def module_hooks(trace, names):
     "Tell the trace which module runs; modules with a rule of their own are taken as a whole."
     def enter(m, inputs):
         trace.modules.append((names.get(id(m), ""), m))
-        trace.asleep += type(m) in WHOLE
+        trace.asleep += rule_of(type(m)) is not None
     def leave(m, args, kwargs, out):
-        if type(m) in WHOLE:
+        if rule_of(type(m)):
             trace.asleep -= 1
             if not trace.asleep: take_whole(trace, m, args, kwargs, out)
         if not trace.asleep: note_widths(trace, [*args, *kwargs.values(), out])
@@ -67,7 +67,7 @@ def note_widths(trace, values):
 def take_whole(trace, m, args, kwargs, out):
     "Apply the rule of a module."
     names = [n for n in type(m).forward.__code__.co_varnames[1:type(m).forward.__code__.co_argcount]]
-    found = WHOLE[type(m)](trace, m, out=out, **dict(zip(names, args)) | kwargs)
+    found = rule_of(type(m))(trace, m, out=out, **dict(zip(names, args)) | kwargs)
     for t, f in zip((out,) if isinstance(out, torch.Tensor) else out, found or []): trace.tell(t, f)
 
 # %% ../../nbs/surgery/coupling.ipynb #6bab386b

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from torch import nn
 from ..core import UserError, load_tensors, one_of, save_json, save_tensors
+from . import modules                      # what cut modules of some kinds become
 from .channels import Cut, cut, merged, silent, tensors_of
 from .factorize import ALL_FORMS, FORMS, Factors, build, projected, skeleton, unfactorizable
 
