@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'INPUT', 'Group', 'packed', 'unpacked', 'Cut', 'merged', 'check_fits', 'kept', 'gathered', 'without_values',
-           'silenced', 'tensors_of', 'copied', 'set_sizes', 'set_counts', 'cut', 'KeptNorm', 'directions', 'silent',
-           'cut_optimizer']
+           'silenced', 'tensors_of', 'duplicate', 'copied', 'set_sizes', 'set_counts', 'cut', 'KeptNorm', 'directions',
+           'silent', 'cut_optimizer']
 
 # %% ../../nbs/surgery/channels.ipynb #62184d31
 import copy, hashlib, inspect, json
+from collections import OrderedDict
 from dataclasses import dataclass
 import numpy as np, torch
 from torch import nn
@@ -123,6 +124,13 @@ def tensors_of(model:nn.Module) -> dict:
     "Name -> parameter or buffer, shared ones under each of their names."
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
+# %% ../../nbs/surgery/channels.ipynb #c6d15f93
+def duplicate(model:nn.Module, tensors:dict # id of a tensor -> what stands in its place
+              ) -> nn.Module:
+    "`copy.deepcopy` with other tensors. Empty tables of hooks, most of what a module holds, are not gone through."
+    empty = {id(v): OrderedDict() for m in model.modules() for v in vars(m).values() if type(v) is OrderedDict and not v}
+    return copy.deepcopy(model, empty | tensors)
+
 # %% ../../nbs/surgery/channels.ipynb #d43b208c
 def copied(model:nn.Module, change) -> nn.Module:
     "A copy of `model` whose tensors are `change(name, tensor)`; what is shared stays shared."
@@ -131,7 +139,7 @@ def copied(model:nn.Module, change) -> nn.Module:
         if id(t) in memo: continue
         new = change(n, t)
         memo[id(t)] = type(t)(new, requires_grad=t.requires_grad) if type(t) is nn.Parameter else new
-    new = copy.deepcopy(model, memo)
+    new = duplicate(model, memo)
     for a, b in zip(model.modules(), new.modules()):     # what the copy of a graph module forgets
         b.training = a.training
         if isinstance(a, torch.fx.GraphModule): vars(b).update({k: copy.copy(v) for k, v in vars(a).items() if k.startswith("_forward") and "hooks" in k or k not in vars(b) and not inspect.ismethod(v)})

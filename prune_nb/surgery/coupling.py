@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'TAPS', 'all_tensors', 'mapped', 'module_hooks', 'note_width
            'watched', 'run', 'trace', 'probed', 'Coupling', 'sums']
 
 # %% ../../nbs/surgery/coupling.ipynb #c453e7cc
-import contextlib, copy, dataclasses, logging
+import contextlib, dataclasses, logging
 from dataclasses import dataclass
 import numpy as np, pandas as pd, torch
 from torch import nn
@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from ..core import UserError, one_of, rng_state, set_rng_state
 from ..profile import attention_fastpath_off, call, device_of, to_device
-from .channels import INPUT, Cut, Group, cut, gathered, tensors_of, without_values
+from .channels import INPUT, Cut, Group, cut, duplicate, gathered, tensors_of, without_values
 from .labels import STAYS, Factor, settle
 from .modules import rule_of, sizes_of_heads
 from .plan import Plan, signature
@@ -99,7 +99,7 @@ def watched(model:nn.Module, inputs, kind:str, leaf=None) -> tuple[Trace, object
     hollow = dict(meta=_on_meta, fake=lambda t: mode.from_tensor(t)).get(kind)
     change = (lambda n, t: hollow(t) if kind == "meta" or t.is_floating_point() else t) if hollow else (lambda n, t: nn.Parameter(t.detach(), t.requires_grad) if isinstance(t, nn.Parameter) else t.clone())
     ready = kind == "meta" and leaf is not None           # a cut copy, without values
-    twin = model if ready else copy.deepcopy(model, {id(t): change(n, t) for n, t in tensors_of(model).items()})
+    twin = model if ready else duplicate(model, {id(t): change(n, t) for n, t in tensors_of(model).items()})
     for m in twin.modules(): m.training = False          # not eval(), which exported programs refuse
     names = {id(m): n for n, m in reversed(list(twin.named_modules(remove_duplicate=False)))}
     trace = Trace({id(t): (n, isinstance(t, nn.Parameter)) for n, t in reversed(tensors_of(twin).items())})
@@ -306,5 +306,5 @@ class Coupling:
 @torch.no_grad()
 def sums(t, dim, p) -> np.ndarray:
     "Sum of the p-th powers of the magnitudes for every index of a dimension."
-    t = t.detach().abs() if p == 1 else t.detach().abs().pow(p)
-    return t.movedim(dim, 0).flatten(1).sum(1).double().cpu().numpy() if t.dim() > 1 else t.double().cpu().numpy()
+    others = [d for d in range(t.dim()) if d != dim]
+    return (torch.linalg.vector_norm(t.detach(), p, others) if others else t.detach().abs()).double().pow(p).cpu().numpy()
