@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'TAPS', 'all_tensors', 'mapped', 'module_hooks', 'note_widths', 'take_whole', 'normalized', 'unlogged',
-           'watched', 'run', 'trace', 'probed', 'Coupling', 'sums']
+           'watched', 'run', 'trace', 'probed', 'Coupling']
 
 # %% ../../nbs/surgery/coupling.ipynb #c453e7cc
 import contextlib, dataclasses, logging
@@ -291,20 +291,12 @@ class Coupling:
 
     def norms(self, model:nn.Module, p:float=1) -> dict:
         "Group -> p-norm of every unit: of all parameter entries that go with it."
-        own, out = dict(model.named_parameters(remove_duplicate=False)), {}
-        for g in self.groups:
-            total = np.zeros(g.units)
-            for n, dims in g.members.items():
-                for d, at in dims.items():
-                    if n in own: total += sums(own[n], d, p)[at].sum(1)
-            out[g.name] = torch.from_numpy(total ** (1 / p))
-        return out
+        own, out = dict(model.named_parameters(remove_duplicate=False)), {g.name: np.zeros(g.units) for g in self.groups}
+        for n in {n for g in self.groups for n in g.members if n in own}:
+            powers = own[n].detach().abs() if p == 1 else own[n].detach().abs().pow(p)
+            sums = {d: (powers.sum([i for i in range(powers.dim()) if i != d]) if powers.dim() > 1 else powers).double().cpu().numpy() for d in {d for g in self.groups for d in g.members.get(n, ())}}
+            for g in self.groups:
+                for d, at in g.members.get(n, {}).items(): out[g.name] += sums[d][at].sum(1)
+        return {n: torch.from_numpy(total ** (1 / p)) for n, total in out.items()}
 
     def _repr_html_(self): return self.table._repr_html_() + "<p>What stays:</p>" + self.frozen.groupby("reason").agg(parameters=("parameter", "nunique"), indices=("indices", "sum"))._repr_html_()
-
-# %% ../../nbs/surgery/coupling.ipynb #aa519f56
-@torch.no_grad()
-def sums(t, dim, p) -> np.ndarray:
-    "Sum of the p-th powers of the magnitudes for every index of a dimension."
-    others = [d for d in range(t.dim()) if d != dim]
-    return (torch.linalg.vector_norm(t.detach(), p, others) if others else t.detach().abs()).double().pow(p).cpu().numpy()
