@@ -602,6 +602,22 @@ def linear_attention(m, x):
     q, k, v = heads(m.q(x), 4).softmax(-1), heads(m.k(x), 4).softmax(-2), heads(m.v(x), 4)
     return m.o(merged(q @ (k.transpose(-2, -1) @ v)))
 
+@nasty(qkv, inputs=tokens, refusable=True, kept=True)
+def linear_attention_with_a_column_of_ones(m, x):
+    "EfficientViT: the last feature of every head sums up the keys."
+    q, k, v = heads(m.q(x), 4).relu(), heads(m.k(x), 4).relu(), F.pad(heads(m.v(x), 4), (0, 1), value=1.)
+    y = q @ (k.transpose(-2, -1) @ v)
+    return m.o(merged(y[..., :-1] / (y[..., -1:] + 1e-5)))
+
+@nasty(lambda: dict(qkv=conv(3, 48, 1), o=conv(16, 4, 1)), refusable=True, kept=True)
+def linear_attention_of_maps_with_ones(m, x):
+    "The same, flattened as maps are."
+    y = m.qkv(x)
+    q, k, v = y.reshape(y.shape[0], -1, 12, 64).chunk(3, 2)
+    v = F.pad(v, (0, 0, 0, 1), value=1.)
+    z = (v @ k.relu().transpose(-2, -1)) @ q.relu()
+    return m.o((z[:, :, :-1] / (z[:, :, -1:] + 1e-5)).reshape(y.shape[0], -1, *y.shape[2:]))
+
 @nasty(lambda: qkv(kv=8), "q.weight:0 k.weight:0 v.weight:0 o.weight:1", inputs=tokens)
 def grouped_query_repeat_interleave(m, x):
     q, k, v = heads(m.q(x), 4), heads(m.k(x), 4), heads(m.v(x), 4)

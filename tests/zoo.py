@@ -19,6 +19,7 @@ def randomise(model: nn.Module, seed=0) -> nn.Module:
 
 LEFT = dict(small=.5, prune_nb=.5, torchvision=.5, segmentation=.5, video=.5, detection=.6, transformers=.8, timm=.6)   # parameters that may be left of a family's networks
 MORE = {"googlenet": .7, "inception_v3": .55,   # classifiers for training only stay
+        **dict.fromkeys("coat_lite_tiny crossvit_tiny_240 pvt_v2_b0 eva02_tiny_patch14_224 nest_tiny volo_d1_224 davit_tiny gcvit_xxtiny swinv2_cr_tiny_224".split(), .75),   # the width of a head is computed from that of the stream
         "nf_regnet_b0": .8, "eca_nfnet_l0": .95}   # filters are standardised over their inputs, which therefore stay; attention is a convolution over channels
 
 def real(name, build, inputs, family, quick=False, seconds=300, **rest):
