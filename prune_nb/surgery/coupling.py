@@ -93,7 +93,7 @@ def _on_meta(t):
     return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
 
 # %% ../../nbs/surgery/coupling.ipynb #d48fabbd
-def watched(model:nn.Module, inputs, kind:str, leaf=None) -> tuple[Trace, object]:
+def watched(model:nn.Module, inputs, kind:str, leaf=None, heads="whole") -> tuple[Trace, object]:
     "A trace of one forward pass in evaluation mode on tensors of a `kind`, and the outputs."
     mode = FakeTensorMode(allow_non_fake_inputs=True) if kind == "fake" else contextlib.nullcontext()
     hollow = dict(meta=_on_meta, fake=lambda t: mode.from_tensor(t)).get(kind)
@@ -102,7 +102,7 @@ def watched(model:nn.Module, inputs, kind:str, leaf=None) -> tuple[Trace, object
     twin = model if ready else duplicate(model, {id(t): change(n, t) for n, t in tensors_of(model).items()})
     for m in twin.modules(): m.training = False          # not eval(), which exported programs refuse
     names = {id(m): n for n, m in reversed(list(twin.named_modules(remove_duplicate=False)))}
-    trace = Trace({id(t): (n, isinstance(t, nn.Parameter)) for n, t in reversed(tensors_of(twin).items())})
+    trace = Trace({id(t): (n, isinstance(t, nn.Parameter)) for n, t in reversed(tensors_of(twin).items())}, heads)
     if leaf: trace.leaf = lambda name, silenced, t: leaf(trace, name, silenced, t)
     inputs = mapped(inputs, hollow or torch.clone)
     rng = rng_state()
@@ -117,21 +117,23 @@ def watched(model:nn.Module, inputs, kind:str, leaf=None) -> tuple[Trace, object
 # %% ../../nbs/surgery/coupling.ipynb #4ab81c33
 KINDS = ("meta", "fake", "real")   # of tensors: quickest first; each runs some code that the one before does not
 
-def run(model, inputs) -> tuple[Trace, object, str]:
+def run(model, inputs, heads="whole") -> tuple[Trace, object, str]:
     "`watched` on the first kind of tensors that the network runs on."
     if isinstance(model, torch.jit.ScriptModule): raise UserError("A TorchScript module runs code that cannot be watched. Pass the module that it was made from.")
     for kind in KINDS:
-        try: return *watched(model, to_device(inputs, device_of(model)), kind), kind
+        try: return *watched(model, to_device(inputs, device_of(model)), kind, heads=heads), kind
         except Exception as e: error = e
     raise UserError(f"{type(model).__name__} does not run on these example inputs: {type(error).__name__}: {str(error)[:300]}. Pass inputs that it takes: a tensor, a tuple of positional or a dict of keyword arguments.") from error
 
 # %% ../../nbs/surgery/coupling.ipynb #edce0081
 def trace(model:nn.Module,
           example_inputs,   # a tensor, a tuple of positional arguments, or a dict of keyword arguments
+          heads="whole",    # what goes of attention: `whole` heads, or the same `features` of all heads
           ) -> "Coupling":
     """Which channels of `model` live and die together. `model` is untouched, its parameters may be frozen and in any mode. Raises `UserError` when it does not
     run on the inputs. What cannot be cut is in `frozen`, with the reason."""
-    found, out, kind = run(model, example_inputs)
+    one_of("part of heads", heads, ("whole", "features"))
+    found, out, kind = run(model, example_inputs, heads)
     for t in all_tensors(out): found.freeze(t, "an output of the network")
     settle_slices(found)
     settle_groups(found)
@@ -228,7 +230,7 @@ def _fault(coupling, found, model, inputs, removed, kind) -> str:
         if not t.is_floating_point(): return []
         left = {d: np.delete(ids[name, d], gone.get(name, {}).get(d, [])) for d in range(t.dim()) if (name, d) in ids}
         return [Factor((d,), l, silenced) for d, l in left.items() if len(l) > 1]
-    try: trace = watched(cut(model, gone, without_values if kind == "meta" else gathered), inputs, kind, leaf)[0]
+    try: trace = watched(cut(model, gone, without_values if kind == "meta" else gathered), inputs, kind, leaf, found.heads)[0]
     except Exception as e: return f"the network's code fails when it is cut: {type(e).__name__}: {str(e)[:120]}"
     settle_slices(trace)
     if kind != "real" and (why := _otherwise(found, trace, gone)): return why

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WHOLE', 'WINDOWED', 'HEADS', 'FEATURES', 'features', 'parameter', 'unite_all', 'PrunedMultiheadAttention', 'loosen',
-           'attention', 'windows', 'unwindowed', 'window_mask', 'window_attention', 'shifted_windows', 'windowed',
-           'rule_of', 'loosen_windows', 'recurrent', 'sizes_of_heads']
+           'whole_heads_only', 'attention', 'windows', 'unwindowed', 'window_mask', 'window_attention',
+           'shifted_windows', 'windowed', 'rule_of', 'loosen_windows', 'recurrent', 'sizes_of_heads']
 
 # %% ../../nbs/surgery/modules.ipynb #1fea1eb7
 import numpy as np, torch
@@ -86,6 +86,10 @@ def loosen(m:nn.MultiheadAttention):
 
 SIZES[nn.MultiheadAttention] = loosen
 
+# %% ../../nbs/surgery/modules.ipynb #ba7c9080
+def whole_heads_only(trace, heads):
+    if trace.heads != "whole": trace.labels.freeze(heads, "of this attention only whole heads can go")
+
 # %% ../../nbs/surgery/modules.ipynb #76300665
 def attention(trace, m, query=None, key=None, value=None, attn_mask=None, need_weights=True, out=None, **_) -> list:
     "Labels of `nn.MultiheadAttention`."
@@ -101,6 +105,7 @@ def attention(trace, m, query=None, key=None, value=None, attn_mask=None, need_w
         trace.labels.unite(features(trace, t), parameter(trace, m.in_proj_weight if packed else w, 1), "meets in attention what stays")
     if attn_mask is not None and attn_mask.dim() == 3: trace.labels.freeze(heads, "the mask of attention is given for every head")
     if weights is not None: trace.labels.freeze(heads, "the weights of attention, which are over all heads, are asked for")
+    whole_heads_only(trace, heads)
     trace.count("num_heads", heads)
     o, b = m.out_proj.weight, m.out_proj.bias
     trace.labels.unite(parameter(trace, o, 1), np.repeat(heads, d), "a head stays")
@@ -169,6 +174,7 @@ def shifted_windows(trace, m, x=None, out=None, **more) -> list:
         trace.labels.unite(parameter(trace, last.weight), heads, why)
         unite_all(trace, why, parameter(trace, into.weight), parameter(trace, into.bias), parameter(trace, last.weight, 1))
     for p in (m.relative_position_bias_table,) if scale is None else (into.weight,): trace.freeze(p, "rows and coordinates are positions", [0] if scale is None else [1])
+    whole_heads_only(trace, heads)
     trace.count("num_heads", heads)
     return [[Factor((out.dim() - 1,), parameter(trace, m.proj.weight), True)]]
 

@@ -41,8 +41,10 @@ def tensors(x) -> list:
 # %% ../../nbs/surgery/rules.ipynb #eceb631a
 class Trace(TorchDispatchMode):
     "Carries labels along while a network runs."
-    def __init__(self, named:dict): # id of a parameter or buffer -> (name, whether its values are silenced with its labels)
+    def __init__(self, named:dict, # id of a parameter or buffer -> (name, whether its values are silenced with its labels)
+                 heads="whole"):   # what goes of attention: `whole` heads, or the same `features` of all heads
         super().__init__()
+        self.heads = heads
         self.labels, self.named, self.asleep = Labels(), named, 0
         self.leaves = {}          # name of a parameter, buffer or count -> {dimension: labels}
         self.log = []             # operations, the numbers that they were given, but for sizes, and what came out
@@ -238,11 +240,11 @@ def contract(trace, x, xs, w, ws, outs, name) -> list:
 # %% ../../nbs/surgery/rules.ipynb #f583d4a1
 def contracted(trace, operands, gone, outs, name) -> list:
     "The same for operands that are given as (factors, letters, shape)."
-    result = []
-    for block, labels in joined(trace.labels, operands, f"meets in {name} what stays", gone):
+    result, whole = [], trace.heads == "whole"
+    for block, labels in joined(trace.labels, operands, f"meets in {name} what stays", gone if whole else ()):
         left, quiet = [i for i, l in enumerate(block) if l in outs], [_is_quiet(o, block) for o in operands]
-        if left: result.append(Factor(tuple(outs.index(block[i]) for i in left), labels.reshape([labels.shape[i] for i in left]), any(quiet)))
-        elif not any(quiet): trace.labels.freeze(labels, f"{name} sums over it, and it would not be zero when silenced")
+        if len(left) < len(block) and not (left and whole) and not any(quiet): trace.labels.freeze(labels, f"{name} sums over it, and it would not be zero when silenced")
+        if left and (whole or len(left) == len(block)): result.append(Factor(tuple(outs.index(block[i]) for i in left), labels.reshape([labels.shape[i] for i in left]), any(quiet)))
     return result
 
 # %% ../../nbs/surgery/rules.ipynb #f1965b9b
@@ -740,7 +742,7 @@ def repeated_heads(trace, t, heads) -> torch.Tensor:
 def labels_of_features(trace, t):
     "Features of heads that could go by themselves change the default scale: they stay."
     for f in trace.known(t):
-        if f.dims == (t.dim() - 1,): trace.labels.freeze(f.labels, "attention is scaled by the number of features")
+        if f.dims == (t.dim() - 1,) or trace.heads == "features" and t.dim() - 1 in f.dims: trace.labels.freeze(f.labels, "attention is scaled by the number of features")
 
 Trace.labels_of_features = labels_of_features
 
