@@ -10,10 +10,12 @@ import math
 from dataclasses import dataclass
 import numpy as np, torch
 from .core import UserError, one_of
+from .choose import choose
 from .criteria.core import Scores
+from .criteria.curvature_tucker import of_scores
 from .surgery.channels import Cut
 from .surgery.factorize import cheapest_form, form_cost
-from .surgery.plan import Factorization, Plan
+from .surgery.plan import Factorization, Plan, Replacement
 
 # %% ../nbs/allocate.ipynb #9fb13265
 def most(cap:float, n:int) -> int:
@@ -162,6 +164,22 @@ def _channels(scores, ratio, of, cap) -> Plan:
     settings = dict(ratio=ratio, of=of, cap=cap, units_removed=int(counts.sum()), params=line.cost(counts, "params"), macs=line.cost(counts, "macs"))
     return Plan(scores.method, scores.model, settings=settings, cuts=line.cuts(counts))
 
+# %% ../nbs/allocate.ipynb #783cb96f
+def _replacements(scores, ratio, of, cap) -> Plan:
+    "A plan of what all layers together choose from their menus, of least predicted loss. Ranks have no cap."
+    if of == "units": raise UserError(f"The method {scores.method!r} chooses forms by their cost, and has no units to count. Valid: params, macs.")
+    total, layers = getattr(scores, of), {k: of_scores(l) for k, l in scores.layers.items()}
+    menus = {k: l.menu(of) for k, l in layers.items()}
+    rest = total - sum(form_cost(l.shape, 0, 0, "dense", of) for l in scores.layers.values())
+    least = sum(min(getattr(m, of)) for m in menus.values()) + rest
+    if (1 - ratio) * total < least: raise UserError(f"Cannot remove {ratio:.1%} of the {of}: 0 to {1 - least / total:.1%} can be reached, with one rank in every layer; the {len(scores.skipped)} layers without scores set the end. Lower ratio.")
+    chosen = {k: e for k, e in choose(menus, (1 - ratio) * total - rest, of).items() if e.form != "dense"}
+    made = {k: layers[k].replacement(e) for k, e in chosen.items()}
+    left = {cost: getattr(scores, cost) - sum(form_cost(scores.layers[k].shape, 0, 0, "dense", cost) - getattr(e, cost) for k, e in chosen.items()) for cost in ("params", "macs")}
+    if (1 - ratio) - left[of] / total > .01: raise UserError(f"Cannot remove {ratio:.1%} of the {of} to within 1 %: the nearest choice removes {1 - left[of] / total:.1%}. Choose that as ratio.")
+    replaced = {k: Replacement(e.form, [e.r_out, e.r_in], scores.layers[k].weight, made[k][1]) for k, e in chosen.items()}
+    return Plan(scores.method, scores.model, replaced, dict(ratio=ratio, of=of, **left), {k: f for k, (f, _) in made.items()})
+
 # %% ../nbs/allocate.ipynb #07fd115d
 def allocate(scores:Scores,
              ratio:float,      # fraction to remove, in [0, 1)
@@ -172,4 +190,5 @@ def allocate(scores:Scores,
     Raises `UserError` with the reachable range otherwise."""
     check_budget(ratio, of)
     if not 0 <= cap <= 1: raise UserError(f"Invalid cap {cap!r}. Valid: a number in [0, 1], the largest share of a layer's rows or columns, or of a group's units, that may go.")
-    return (_channels if scores.groups else _directions)(scores, ratio, of, cap)
+    way = _channels if scores.groups else _replacements if any(l.kernel is not None for l in scores.layers.values()) else _directions
+    return way(scores, ratio, of, cap)

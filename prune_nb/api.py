@@ -12,7 +12,7 @@ from torch import nn
 from .allocate import allocate, check_budget
 from .core import UserError, untouched
 from .criteria.core import METHODS, Scores, find_method, first_example, is_example, score
-from .criteria import eigendamage, geometric_median, magnitude, taylor
+from .criteria import curvature_tucker, eigendamage, geometric_median, magnitude, taylor
 from .profile import compare
 from .surgery.channels import kept
 from .surgery.export import load, save
@@ -45,7 +45,7 @@ class Result:
 # %% ../nbs/api.ipynb #71255c58
 def _kept(model, small, plan, name) -> dict:
     "What the report says of a layer that changed."
-    if name in plan.layers: return dict(outputs_kept=len((l := plan.layers[name]).rows), inputs_kept=len(l.cols), form=l.form, predicted_loss_change=l.predicted)
+    if name in plan.layers: return dict(outputs_kept=(l := plan.layers[name]).ranks[0], inputs_kept=l.ranks[1], form=l.form, predicted_loss_change=l.predicted)
     if not plan.cuts or name not in (modules := dict(small.named_modules())): return {}
     old, new = (getattr(m, "weight", None) for m in (model.get_submodule(name), modules[name]))
     if not isinstance(new, torch.Tensor) or new.shape == old.shape: return {}

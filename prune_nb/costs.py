@@ -16,7 +16,7 @@ from .core import rng_state, set_rng_state
 from .profile import attention_fastpath_off, call, device_of, to_device
 from .surgery.channels import cut, gathered, set_sizes, without_values
 from .surgery.coupling import Coupling, mapped
-from .surgery.modules import WHOLE
+from .surgery.modules import rule_of
 
 # %% ../nbs/costs.ipynb #efdefe45
 SAME = {"t", "transpose", "permute", "view", "_unsafe_view", "reshape", "detach", "alias", "squeeze", "unsqueeze"}   # a parameter seen through these is still that parameter
@@ -63,7 +63,7 @@ def operations(model:nn.Module, inputs, removed={}, kind="meta") -> list:
     twin = cut(model, removed, without_values if kind == "meta" else gathered)
     for m in twin.modules():
         m.training = False
-        if type(m) in WHOLE: set_sizes(m)                # runs as a cut one does, cut or not
+        if rule_of(type(m)): set_sizes(m)                # runs as a cut one does, cut or not
     inputs = mapped(inputs, lambda t: t.to("meta")) if kind == "meta" else to_device(inputs, device_of(model))
     rng = rng_state()
     try:

@@ -55,6 +55,13 @@ def _spectrum(values, kept, side, symbol) -> list:
                           marker=dict(color=colour, symbol=symbol if chosen else f"{symbol}-open", size=5), customdata=at, hovertemplate=side[:-1] + " direction %{customdata}: %{y:.2e} of the largest<extra></extra>")
     return [trace("kept", KEPT, True), trace("removed", REMOVED, False)]
 
+# %% ../nbs/figures.ipynb #cdb2e1bb
+def _kept(plan, name, side, n) -> list:
+    "Directions of a side of a layer that stay; of a layer that is replaced by factors of its own, which are no eigenvectors, as many of the first as it has ranks."
+    if plan is None or name not in plan.layers: return list(range(n))
+    layer = plan.layers[name]
+    return getattr(layer, side) if hasattr(layer, side) else list(range(layer.ranks[0 if side == "rows" else 1]))
+
 # %% ../nbs/figures.ipynb #9b1f9be3
 def spectra(scores,       # `Scores`
             plan=None,    # `Plan`: what of it is kept; all when None
@@ -67,7 +74,7 @@ def spectra(scores,       # `Scores`
     for n, (name, layer) in enumerate(scores.layers.items()):
         for side, values, kept, symbol in SIDES:
             v = getattr(layer, values)
-            keep = getattr(plan.layers[name], kept) if plan and name in plan.layers else range(len(v))
+            keep = _kept(plan, name, kept, len(v))
             for trace in _spectrum(v, keep, side, symbol):
                 if not trace.x: continue
                 fig.add_trace(trace.update(showlegend=trace.name not in shown), n // columns + 1, n % columns + 1)
@@ -85,7 +92,7 @@ def ranks_kept(scores, plan) -> go.Figure:
     fig = go.Figure()
     for side, _, kept, _ in SIDES:
         total = [l.weight[0 if kept == "rows" else 1] for l in scores.layers.values()]
-        n = [len(getattr(plan.layers[k], kept)) if k in plan.layers else t for k, t in zip(scores.layers, total)]
+        n = [len(_kept(plan, k, kept, t)) for k, t in zip(scores.layers, total)]
         fig.add_trace(go.Bar(x=list(scores.layers), y=[100 * a / b for a, b in zip(n, total)], name=f"{side} kept", text=[f"{a}/{b}" for a, b in zip(n, total)],
                              marker_color=KEPT if kept == "rows" else VALIDATION, textposition="outside", textangle=-90, textfont_size=10, cliponaxis=False))
     fig.update_yaxes(title="% of directions", range=[0, 125], tickvals=[0, 25, 50, 75, 100])

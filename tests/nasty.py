@@ -602,6 +602,22 @@ def linear_attention(m, x):
     q, k, v = heads(m.q(x), 4).softmax(-1), heads(m.k(x), 4).softmax(-2), heads(m.v(x), 4)
     return m.o(merged(q @ (k.transpose(-2, -1) @ v)))
 
+@nasty(qkv, inputs=tokens, refusable=True, kept=True)
+def linear_attention_with_a_column_of_ones(m, x):
+    "EfficientViT: the last feature of every head sums up the keys."
+    q, k, v = heads(m.q(x), 4).relu(), heads(m.k(x), 4).relu(), F.pad(heads(m.v(x), 4), (0, 1), value=1.)
+    y = q @ (k.transpose(-2, -1) @ v)
+    return m.o(merged(y[..., :-1] / (y[..., -1:] + 1e-5)))
+
+@nasty(lambda: dict(qkv=conv(3, 48, 1), o=conv(16, 4, 1)), refusable=True, kept=True)
+def linear_attention_of_maps_with_ones(m, x):
+    "The same, flattened as maps are."
+    y = m.qkv(x)
+    q, k, v = y.reshape(y.shape[0], -1, 12, 64).chunk(3, 2)
+    v = F.pad(v, (0, 0, 0, 1), value=1.)
+    z = (v @ k.relu().transpose(-2, -1)) @ q.relu()
+    return m.o((z[:, :, :-1] / (z[:, :, -1:] + 1e-5)).reshape(y.shape[0], -1, *y.shape[2:]))
+
 @nasty(lambda: qkv(kv=8), "q.weight:0 k.weight:0 v.weight:0 o.weight:1", inputs=tokens)
 def grouped_query_repeat_interleave(m, x):
     q, k, v = heads(m.q(x), 4), heads(m.k(x), 4), heads(m.v(x), 4)
@@ -786,6 +802,91 @@ def number_of_the_largest_channel(m, x):
     y = m.a(x)
     return m.b(y), y.argmax(1)
 
+# --- the same by other words ---
+
+@nasty(two, refusable=True, kept=True)
+def functional_layer_norm(m, x):
+    y = m.a(x).permute(0, 2, 3, 1)
+    return m.b(F.layer_norm(y, y.shape[-1:]).permute(0, 3, 1, 2))
+
+@nasty(two, refusable=True, kept=True)
+def functional_group_norm(m, x): return m.b(F.group_norm(m.a(x), 4))
+
+@nasty(lambda: two() | dict(mean=torch.randn(16), var=torch.rand(16) + 1), "a.weight:0 b.weight:1")
+def functional_batch_norm(m, x): return m.b(F.batch_norm(m.a(x), m.mean, m.var))
+
+@nasty(lambda: two() | dict(n=LayerNorm(16, elementwise_affine=False)), kept=True, refusable=True)
+def layer_norm_without_affine(m, x): return m.b(m.n(m.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+@nasty(lambda: two() | dict(n=GroupNorm(4, 16, affine=False)), kept=True, refusable=True)
+def group_norm_without_affine(m, x): return m.b(m.n(m.a(x)))
+
+@nasty(lambda: dict(a=Linear(6, 8), c=Linear(6, 12), n=LayerNorm(20), b=Linear(20, 4)), "a.weight:0 c.weight:0 n.weight:0 b.weight:1", inputs=tokens, kept=True)
+def layer_norm_over_two_layers(m, x): return m.b(m.n(torch.cat([m.a(x), m.c(x)], -1)))
+
+@nasty(lambda: dict(a=conv(3, 8), c=conv(3, 16), n=GroupNorm(3, 24), b=conv(24, 4)), refusable=True, kept=True)
+def group_norm_over_two_layers(m, x): return m.b(m.n(torch.cat([m.a(x), m.c(x)], 1)))
+
+@nasty(lambda: dict(a=conv(3, 8), c=conv(3, 8, 5), bn=BatchNorm2d(8), b=conv(8, 4)), "a.weight:0 c.weight:0 bn.weight:0 b.weight:1")
+def one_norm_for_two_layers(m, x): return m.b(m.bn(m.a(x)).relu()) + m.b(m.bn(m.c(x)))
+
+@nasty(lambda: dict(a=Linear(6, 12), bn=nn.BatchNorm1d(12), b=Linear(12, 3)), "a.weight:0 bn.weight:0 b.weight:1", inputs=tokens)
+def batch_norm_of_tokens(m, x): return m.b(m.bn(m.a(x).transpose(1, 2)).transpose(1, 2))
+
+@nasty(lambda: dict(a=Conv2d(3, 16, 3, padding=1, padding_mode="reflect"), b=Conv2d(16, 16, 3, padding="same", dilation=2), c=Conv2d(16, 4, 3, stride=2, padding=1, padding_mode="circular")), "a.weight:0 b.weight:1 b.weight:0 c.weight:1")
+def padding_modes(m, x): return m.c(m.b(m.a(x)))
+
+@nasty(lambda: dict(layers=Sequential(conv(3, 8), nn.Flatten(), Linear(8 * 64, 24), nn.Unflatten(1, (6, 2, 2)), nn.Upsample(scale_factor=2), nn.PixelUnshuffle(2), conv(24, 12), nn.ChannelShuffle(3), nn.PixelShuffle(2), conv(3, 2))), "layers.0.weight:0 layers.2.weight:1", refusable=True)
+def modules_that_reshape(m, x): return m.layers(x)
+
+@nasty(lambda: dict(embed=Embedding(20, 16, max_norm=1.), b=Linear(16, 4)), refusable=True, kept=True, inputs=ids)
+def embedding_of_limited_length(m, i):
+    "Rows are scaled to length one in the table itself, at every forward pass."
+    return m.b(m.embed(i))
+
+@nasty(lambda: dict(a=Linear(6, 12), b=Linear(12, 8), c=Linear(8, 3), source=torch.tensor([0, 1, 2, 3, 4, 4]), target=torch.tensor([1, 2, 3, 4, 0, 2])), "a.weight:0 b.weight:1 b.weight:0 c.weight:1", inputs=lambda: torch.randn(5, 6))
+def messages_on_a_graph(m, x):
+    y = m.a(x).relu()
+    y = torch.zeros_like(y).index_add(0, m.target, y[m.source]) + y
+    y = m.b(y)
+    return m.c(torch.zeros_like(y).scatter_add(0, m.target[:, None].expand(-1, y.shape[1]), y[m.source]))
+
+@nasty(lambda: dict(a=Linear(6, 8), b=Linear(8, 4), c=Linear(6, 8), d=par(2, 4, 3)), "a.weight:0 c.weight:0 b.weight:1 b.weight:0 d:1", "d:0 d:2", inputs=tokens)
+def other_products(m, x):
+    y = torch.addcmul(m.a(x), m.a(x), m.c(x), value=.5)
+    z = torch.lerp(y, m.c(x), .3)
+    return torch.tensordot(m.b(z).movedim(0, 1), m.d, dims=([2], [1]))
+
+@nasty(lambda: dict(a=conv(3, 8), b=conv(32, 4), k=torch.randn(4, 1, 2, 2)), "a.weight:0 b.weight:1", refusable=True)
+def wavelet(m, x):
+    "Every channel becomes four, by the same four filters."
+    y = m.a(x)
+    return m.b(F.conv2d(y, m.k.repeat(y.shape[1], 1, 1, 1), stride=2, groups=y.shape[1]))
+
+@nasty(two, refusable=True, kept=True)
+def logarithm_of_a_sum_of_exponentials(m, x):
+    y = m.a(x)
+    return m.b(y - y.logsumexp(1, keepdim=True))
+
+@nasty(two, refusable=True)
+def marked_by_number(m, x):
+    "Channel numbers as values: others after a cut."
+    y = m.a(x)
+    return m.b(y * torch.arange(y.shape[1])[:, None, None])
+
+@nasty(two, refusable=True)
+def every_second_channel_by_numbers(m, x):
+    y = m.a(x)
+    return m.b(y.index_copy(1, torch.arange(0, y.shape[1], 2), y[:, 1::2]))
+
+@nasty(lambda: dict(ws=nn.ParameterList([par(16, 6), par(16, 16), par(4, 16)]), bs=nn.ParameterDict(dict(a=par(16), b=par(16)))), "ws.0:0 bs.a:0 ws.1:1 ws.1:0 bs.b:0 ws.2:1", "ws.2:0 ws.0:1", inputs=tokens)
+def lists_of_parameters(m, x): return F.linear(F.linear(F.linear(x, m.ws[0], m.bs["a"]).relu(), m.ws[1], m.bs["b"]).relu(), m.ws[2])
+
+@nasty(lambda: dict(a=Linear(6, 16), b=Linear(16, 4)), "a.weight:0 b.weight:1", inputs=tokens)
+def matrix_products_of_all_kinds(m, x):
+    y = torch.baddbmm(m.a.bias.expand(x.shape[0], 1, -1), x, m.a.weight.t().expand(x.shape[0], -1, -1))
+    return torch.matmul(y.relu(), m.b.weight.mT) + m.b.bias
+
 # --- modes, control flow, wrappers ---
 
 @nasty(lambda: two() | dict(bn=BatchNorm2d(16), drop=Dropout(.5)), "a.weight:0 bn.weight:0 b.weight:1", after=lambda m: m.train())
@@ -810,6 +911,31 @@ def control_flow_on_width(m, x):
 def scaled_by_width(m, x):
     y = m.a(x)
     return m.b(y / y.shape[1])
+
+@nasty(lambda: two(), refusable=True)
+def scaled_by_a_tensor_of_the_width(m, x):
+    "As RAFT does: the number is no argument of any operation, but the value of a new tensor."
+    y = m.a(x)
+    return m.b(y / torch.sqrt(torch.tensor(y.shape[1])))
+
+@nasty(lambda: two(), refusable=True)
+def filled_with_the_width(m, x):
+    y = m.a(x)
+    return m.b(y - torch.full_like(y, y.shape[1] / 16))
+
+@nasty(lambda: dict(a=conv(3, 16), b=Linear(16 * 64, 4)), refusable=True, after=lambda m: setattr(m, "width", 16) or m)
+def scaled_by_a_noted_width(m, x):
+    "The number stays what it was: exact."
+    return m.b(m.a(x).flatten(1) / m.width ** .5)
+
+@nasty(lambda: dict(a=Linear(6, 32), qkv=Linear(32, 96), o=Linear(32, 32), b=Linear(32, 3)), "a.weight:0 b.weight:1", inputs=lambda: torch.randn(2, 16, 6), after=lambda m: setattr(m, "num_heads", 4) or m, refusable=True)
+def as_many_windows_as_heads(m, x):
+    "Four windows of four tokens, four heads of eight features; the number of heads is an attribute, that of windows is not."
+    y = m.a(x)
+    n, t, c = y.shape
+    q, k, v = m.qkv(y.view(n, 4, t // 4, c)).view(n, 4, t // 4, 3, m.num_heads, -1).permute(3, 0, 1, 4, 2, 5).unbind(0)
+    z = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, t, -1)
+    return m.b(y + m.o(z))
 
 @nasty(lambda: two(), "a.weight:0 b.weight:1")
 def control_flow_on_values(m, x):

@@ -18,7 +18,9 @@ def randomise(model: nn.Module, seed=0) -> nn.Module:
     return model
 
 LEFT = dict(small=.5, prune_nb=.5, torchvision=.5, segmentation=.5, video=.5, detection=.6, transformers=.8, timm=.6)   # parameters that may be left of a family's networks
-MORE = {"googlenet": .7, "inception_v3": .55}   # classifiers for training only stay
+MORE = {"googlenet": .7, "inception_v3": .55,   # classifiers for training only stay
+        **dict.fromkeys("coat_lite_tiny crossvit_tiny_240 pvt_v2_b0 eva02_tiny_patch14_224 nest_tiny volo_d1_224 davit_tiny gcvit_xxtiny swinv2_cr_tiny_224".split(), .75),   # the width of a head is computed from that of the stream
+        "nf_regnet_b0": .8, "eca_nfnet_l0": .95}   # filters are standardised over their inputs, which therefore stay; attention is a convolution over channels
 
 def real(name, build, inputs, family, quick=False, seconds=300, **rest):
     "Register a network of a library: nobody says which of its layers can be cut, only how much must go."
@@ -60,7 +62,7 @@ def torchvision_networks():
         else: arguments |= dict(score_thresh=0., detections_per_img=5)
         real(name, functools.partial(get_model, name, weights=None, weights_backbone=None, num_classes=4, **arguments), lambda: ([torch.rand(3, 120, 150)],), "detection", seconds=600)
     for name in list_models(module=models.optical_flow):
-        real(name, functools.partial(get_model, name, weights=None), lambda: (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128), 2), "flow", refusable=True)
+        real(name, functools.partial(get_model, name, weights=None), lambda: (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128), 2), "flow", refusable=True, double=False)
 
 def torchvision_in_small():
     "The quick half of torchvision: its classes, few and narrow blocks."
@@ -93,6 +95,7 @@ def timm_image(name):
     "Of 64 x 64 where the network takes any size."
     import timm
     config = timm.get_pretrained_cfg(name)
+    if name in ("inception_v4",): return torch.randn(1, 3, 96, 96)
     return torch.randn(1, 3, *((64, 64) if not config.fixed_input_size and config.pool_size else config.input_size[1:]))
 
 def timm_networks():

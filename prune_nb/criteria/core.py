@@ -33,6 +33,7 @@ class LayerScores:
     in_basis: torch.Tensor       # C_in x C_in
     out_values: torch.Tensor     # C_out eigenvalues of the gradient factor
     in_values: torch.Tensor      # C_in eigenvalues of the input factor
+    kernel: torch.Tensor = None  # the weight, C_out x C_in x taps, of methods that choose from menus
 
     @property
     def rows(self) -> torch.Tensor: return self.saliency.sum(1)
@@ -69,7 +70,7 @@ class Scores:
     def bases(self) -> dict: return {k: (l.out_basis, l.in_basis) for k, l in self.layers.items()}
 
 # %% ../../nbs/criteria/core.ipynb #2544b7b9
-TENSORS = ("saliency", "out_basis", "in_basis", "out_values", "in_values")
+TENSORS = ("saliency", "out_basis", "in_basis", "out_values", "in_values", "kernel")
 PLAIN = ("method", "model", "params", "macs", "examples", "loss", "skipped", "settings")
 COSTS = ("sizes", "slopes", "params", "macs")
 
@@ -79,7 +80,7 @@ def save_scores(scores:Scores, path):
     plain = {k: getattr(scores, k) for k in PLAIN}
     shapes = {k: [vars(l.shape), l.weight] for k, l in scores.layers.items()}
     groups = {k: [g.group.units, {n: {d: packed(at) for d, at in dims.items()} for n, dims in g.group.members.items()}] for k, g in scores.groups.items()}
-    tensors = {f"{k}/{t}": getattr(l, t) for k, l in scores.layers.items() for t in TENSORS} | {f"{k}/units": g.saliency for k, g in scores.groups.items()}
+    tensors = {f"{k}/{t}": getattr(l, t) for k, l in scores.layers.items() for t in TENSORS if getattr(l, t) is not None} | {f"{k}/units": g.saliency for k, g in scores.groups.items()}
     if scores.costs: tensors |= {f"/{c}": torch.from_numpy(getattr(scores.costs, c)) for c in COSTS}
     save_tensors(path, tensors, scores=plain, layers=shapes, groups=groups, costs=scores.costs.groups if scores.costs else None)
 
@@ -88,7 +89,7 @@ def load_scores(path) -> Scores:
     "What `save_scores` wrote. Raises `UserError` where the file is something else."
     tensors, meta = load_tensors(path)
     if not {"scores", "layers"} <= meta.keys(): raise UserError(f"{str(path)!r} holds tensors, but no scores.")
-    layers = {k: LayerScores(LayerShape(**shape), weight, *[tensors[f"{k}/{t}"] for t in TENSORS]) for k, (shape, weight) in meta["layers"].items()}
+    layers = {k: LayerScores(LayerShape(**shape), weight, *[tensors.get(f"{k}/{t}") for t in TENSORS]) for k, (shape, weight) in meta["layers"].items()}
     groups = {k: GroupScores(_group(k, *g), tensors[f"{k}/units"]) for k, g in meta.get("groups", {}).items()}
     found = Costs(meta["costs"], *(tensors[f"/{c}"].numpy() for c in COSTS)) if meta.get("costs") else None
     return Scores(layers=layers, groups=groups, costs=found, **meta["scores"])

@@ -30,7 +30,7 @@ class EigenDamage:
 
     def __call__(self, layer:nn.Module, stats) -> LayerScores:
         "Scores of `layer` from its `KFAC` statistics."
-        out, into = eigenbasis(stats.G), eigenbasis(stats.A)
+        out, into = (eigenbasis(factor, precision="auto") for factor in (stats.G, stats.A))   # float32 where it is as good
         theta = .5 * out.values.double()[:, None] * into.values.double() * rotated_energy(layer.weight, out.vectors, into.vectors)
         shape = LayerShape.of(layer, stats.in_positions, stats.positions)
         return LayerScores(shape, list(layer.weight.shape), theta.to(layer.weight.dtype).cpu(), *(t.cpu() for t in (out.vectors, into.vectors, out.values, into.values)))

@@ -134,14 +134,16 @@ def shares(sizes:dict, # name -> n, or (groups, n)
 
 # %% ../../nbs/curvature/eigen.ipynb #66705b05
 def check_same(factors:dict, group=None):
-    "`UserError` on every process unless all have factors of the same names, shapes and types, in one order, all of them finite."
+    "`UserError` on every process unless all have factors of the same names, shapes, types and norms, in one order, all of them finite."
     own = [(str(name), tuple(f.shape), str(f.dtype)) for name, f in factors.items()]
+    norms = torch.tensor([float(f.double().norm()) for f in factors.values()])
     bad = [str(name) for name, f in factors.items() if f.ndim < 2 or f.shape[-1] != f.shape[-2] or not f.isfinite().all()]
     every = [None] * dist.get_world_size(group)
-    dist.all_gather_object(every, (own, bad), group=group)
-    for rank, (listed, bad) in enumerate(every):
-        if listed != every[0][0]: raise UserError(f"Process {rank} has other factors than process 0. Give every process all of them: collect with the group.")
+    dist.all_gather_object(every, (own, bad, norms), group=group)
+    for rank, (listed, bad, size) in enumerate(every):
         if bad: raise UserError(f"Factor {bad[0]!r} on process {rank} is no square matrix of finite numbers. Collect the statistics again on finite data.")
+        if listed != every[0][0] or not torch.allclose(size, every[0][2], rtol=1e-6, atol=0):
+            raise UserError(f"Process {rank} has other factors than process 0. Give every process all of them: collect with the group.")
 
 # %% ../../nbs/curvature/eigen.ipynb #42ec7010
 def exchanged(own:dict,     # name -> `Eigenbasis`, what this process has
@@ -151,7 +153,7 @@ def exchanged(own:dict,     # name -> `Eigenbasis`, what this process has
               group=None) -> dict:
     "All eigenbases, in the order of `factors`, each sent by the process it was given to."
     found, waiting = {}, []
-    owner = {name: dist.get_global_rank(group, rank) if group else rank for rank, names in enumerate(given) for name in names}
+    owner = {name: dist.get_global_rank(group, rank) for rank, names in enumerate(given) for name in names}
     for name, f in factors.items():
         kept = min(k or f.shape[-1], f.shape[-1])
         basis = own.get(name) or Eigenbasis(f.new_empty(*f.shape[:-2], kept), f.new_empty(*f.shape[:-1], kept))
@@ -166,17 +168,16 @@ def eigenbases(factors:dict,         # name -> factor, the same on every process
                k:int=None,           # only so many of the largest eigenpairs, where a factor has more
                precision:str="auto", # see `working_precision`; for whole decompositions
                where:str="auto",     # see `solver_device`
-               group=None,           # process group; the default one when None and there is one
+               group=None,           # process group that shares the work; this process alone when None
                ) -> dict:
-    """name -> `Eigenbasis`. Under `torch.distributed` each process decomposes its part, by `shares`, and all get all of them.
+    """name -> `Eigenbasis`. Of the processes of `group` each decomposes its part, by `shares`, and all get all of them.
     Raises `UserError` for bad factors, on every process, and for dampings that lack a name."""
     if isinstance(damping, dict) and (left := [name for name in factors if name not in damping]):
         raise UserError(f"No damping for factor {left[0]!r}. Give one for each factor, or one number for all.")
-    together = dist.is_available() and dist.is_initialized()
-    given = shares({name: (f.shape[:-2].numel(), f.shape[-1]) for name, f in factors.items()}, dist.get_world_size(group)) if together else [list(factors)]
-    if together: check_same(factors, group)
+    if group: check_same(factors, group)
+    given = shares({name: (f.shape[:-2].numel(), f.shape[-1]) for name, f in factors.items()}, dist.get_world_size(group)) if group else [list(factors)]
     def one(f): return eigenbasis(f, precision=precision, where=where) if k is None or k >= f.shape[-1] else largest(f)
     def largest(f): return Eigenbasis(*(part.to(f.device) for part in top_eigenbasis(f.to(solver_device(f, where)), k)))
-    found = {name: one(factors[name]) for name in given[dist.get_rank(group) if together else 0]}
-    found = exchanged(found, factors, given, k, group) if together else found
+    found = {name: one(factors[name]) for name in given[dist.get_rank(group) if group else 0]}
+    found = exchanged(found, factors, given, k, group) if group else found
     return {name: Eigenbasis(b.values + (damping[name] if isinstance(damping, dict) else damping), b.vectors) for name, b in found.items()}

@@ -9,48 +9,53 @@ __all__ = ['layer_bases', 'checked_basis', 'MomentSums', 'second_moments']
 import torch
 from torch import nn
 from ..core import UserError
-from .eigen import eigenbasis
+from .eigen import eigenbases
 from .kernels import moment_sums
 from .kfac import LayerSums, Statistics, chosen, sweep, unheard
+from .passes import digest
 
 # %% ../../nbs/curvature/ekfac.ipynb #a7c20b4a
 def layer_bases(statistics, # name -> `KFAC`
                full:bool=False, # of the full input factor, else of the channel one
+               group=None,      # process group that shares the work, where all processes have the same statistics; this process alone when None
                ) -> dict:
     "Name -> (U, V): eigenvectors in columns of the gradient factor and of the input factor, by group where there are groups."
     which = "A_full" if full else "A"
     if missing := [name for name, k in statistics.items() if getattr(k, which) is None]:
         raise UserError(f"Layer {missing[0]!r} has no {'full' if full else 'channel'} input factor. Collect with a={'full' if full else 'channel'!r} or a='both'.")
-    return {name: (eigenbasis(k.G).vectors, eigenbasis(getattr(k, which)).vectors) for name, k in statistics.items()}
+    found = eigenbases({(name, side): getattr(k, side) for name, k in statistics.items() for side in ("G", which)}, group=group)
+    return {name: (found[name, "G"].vectors, found[name, which].vectors) for name in statistics}
 
 # %% ../../nbs/curvature/ekfac.ipynb #4f458001
-def checked_basis(name:str, module:nn.Module, basis) -> tuple:
-    "`basis` as (groups x C x C, groups x C x C or groups x D x D) in the weight's type, at least float32. Raises `UserError` where the shapes do not fit the layer."
+def checked_basis(name:str, module:nn.Module, basis, bias:bool=False) -> tuple:
+    "`basis` as (groups x C x C, groups x C x C or groups x D x D) in the weight's type, at least float32; with a `bias` C and D count one more. Raises `UserError` where the shapes do not fit the layer."
     groups, w = getattr(module, "groups", 1), module.weight
     U, V = (t.to(w.device, torch.promote_types(w.dtype, torch.float32)) for t in basis)
     U, V = (t[None] if t.ndim == 2 else t for t in (U, V))
-    out, inputs, d = len(w) // groups, w.shape[1], w[0].numel()
+    out, inputs, d = len(w) // groups, w.shape[1] + bias, w[0].numel() + bias
     if U.shape != (groups, out, out) or V.shape not in ((groups, inputs, inputs), (groups, d, d)):
         side = lambda n: f"{groups} x {n} x {n}" if groups > 1 else f"{n} x {n}"
         raise UserError(f"Bases of shapes {tuple(basis[0].shape)} and {tuple(basis[1].shape)} do not fit layer {name!r}. "
-                        f"Give {side(out)} for the outputs and {side(inputs)} (channels) or {side(d)} (all offsets, no bias) for the inputs.")
+                        f"Give {side(out)} for the outputs and {side(inputs)} (channels) or {side(d)} (all offsets) for the inputs, {'with' if bias else 'without'} the bias.")
     return U, V
 
 # %% ../../nbs/curvature/ekfac.ipynb #5640cfde
 class MomentSums(LayerSums):
     "Sums of the squared gradients of single examples in a basis; no factors."
-    def __init__(self, module, basis, name=""):
-        super().__init__(module, diagonal=True, name=name)
-        self.basis = checked_basis(name, module, basis)
+    def __init__(self, module, basis, bias=False, name=""):
+        super().__init__(module, bias=bias, diagonal=True, name=name)
+        self.basis = checked_basis(name, module, basis, self.bias)
+
+    def settings(self): return [*super().settings(), digest(dict(zip("UV", self.basis)))]
 
     def add_inputs(self, x): self.add("A", x.detach().sum())   # tells numbers that are not finite
     def add_gradients(self, g): self.add("G", g.sum())
-    def add_examples(self, calls): self.add("moments", moment_sums(calls, self.geometry, *self.basis))
+    def add_examples(self, calls): self.add("moments", moment_sums(calls, self.geometry, *self.basis, self.bias))
 
     def moments(self, examples):
-        "In the weight's shape for a channel basis, else C_out x D."
-        total, weight = self.sums["moments"] / examples, self.module.weight
-        return total.view_as(weight) if self.basis[1].shape[1] == weight.shape[1] else total
+        "In the weight's shape for a channel basis, else C_out x D, one input more with a bias."
+        total, (out, inputs, *kernel) = self.sums["moments"] / examples, self.module.weight.shape
+        return total.view(out, -1, *kernel) if self.basis[1].shape[1] == inputs + self.bias else total
 
 # %% ../../nbs/curvature/ekfac.ipynb #4ceaa484
 def second_moments(model:nn.Module,
@@ -58,13 +63,14 @@ def second_moments(model:nn.Module,
                    bases:dict,    # layer name -> (U, V), orthonormal columns, as from `layer_bases`
                    fisher:str="mc", samples:int=None, draws:int=1, loss=None, # as for `collect`
                    seed:int=0,    # the one of `collect` draws the same labels again
+                   bias:bool=False, # whether the bases of layers that have a bias hold it as their last coordinate, as from `collect(bias=True)`
                    progress:bool=True,
+                   **options,     # of `sweep`: checkpoint, every, group
                    ) -> Statistics:
     """Name -> mean over examples of (U^T d V)^2, entry by entry, d the gradient of the weight for one example: in the weight's shape for a channel basis V,
-    C_out x D for a full one.
-    Its sum is the trace of the layer's Fisher. Raises `UserError` as `collect` does, and where a basis does not fit its layer."""
+    C_out x D for a full one, with one input more where the bias is in. Its sum is the trace of the layer's Fisher; in a channel basis the bias counts once for every kernel offset. Raises `UserError` as `collect` does, and where a basis does not fit its layer."""
     modules, _ = chosen(model, list(bases))
-    sums = {name: MomentSums(m, bases[name], name) for name, m in modules.items()}
-    examples, _, mean = sweep(model, sums, data, fisher, samples, draws, loss, seed, progress, "second moments")
+    sums = {name: MomentSums(m, bases[name], bias, name) for name, m in modules.items()}
+    examples, _, mean = sweep(model, sums, data, fisher, samples, draws, loss, seed, progress, "second moments", **options)
     skipped = {name: why for name, s in sums.items() if (why := unheard(s))}
     return Statistics({name: s.moments(examples) for name, s in sums.items() if name not in skipped}, examples, mean, skipped, fisher)

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['normalised', 'ScaleShift', 'ScaleSums', 'normalisations', 'EmbeddingFactors', 'EmbeddingSums', 'embeddings',
-           'AttentionSums', 'attentions']
+           'attention_blocks', 'PartSums', 'AttentionSums', 'attentions']
 
 # %% ../../nbs/curvature/special.ipynb #071b8dd6
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .kfac import NORMALISATIONS, LayerSums, factors, rooted
+from .kfac import NORMALISATIONS, ExampleSums, LayerSums, Sums, factors, rooted
 
 # %% ../../nbs/curvature/special.ipynb #ffc9d8ac
 def normalised(module:nn.Module, x:torch.Tensor) -> torch.Tensor:
@@ -31,22 +31,14 @@ class ScaleShift:
     examples: int
 
 # %% ../../nbs/curvature/special.ipynb #709c9318
-class ScaleSums(LayerSums):
+class ScaleSums(ExampleSums):
     "Second moments of the gradients of scale and shift for single examples, of one normalisation."
-    def __init__(self, module, name=""):
-        super().__init__(module, name=name, diagonal=True)
-
-    def __call__(self, module, args, kwargs, output):
-        if torch.is_grad_enabled() and not output.requires_grad: output = rooted(output, self.roots)
-        if self.recording: self.record((args[0] if args else kwargs["input"]).detach(), output)
-        return output
+    def bytes(self): return 2 * max(4, self.module.weight.element_size()) * 4 * self.module.weight.numel()
 
     def record(self, x, output):
         self.calls += 1
         self.add("A", x.sum(dtype=torch.double))
         if output.requires_grad: output.register_hook(self.returning(x))
-
-    def add_gradients(self, g): pass
 
     def add_examples(self, calls):
         shape, scale, shift = self.module.weight.shape, 0, 0
@@ -74,21 +66,15 @@ class EmbeddingFactors:
     positions: int|float = 1
 
 # %% ../../nbs/curvature/special.ipynb #93e6ca43
-class EmbeddingSums(LayerSums):
+class EmbeddingSums(Sums):
     "Counts of what is read from a table, and the second moment of what comes back."
-    def __init__(self, module, name=""):
-        super().__init__(module, name=name)
+    def bytes(self): return 2 * max(4, self.module.weight.element_size()) * (len(self.module.weight) + self.module.embedding_dim**2)
 
     def record(self, x, output):
         read = x.flatten() if self.module.padding_idx is None else x[x != self.module.padding_idx]
         self.calls, self.outputs = self.calls + 1, self.outputs + read.numel()
         self.add("A", torch.bincount(read, minlength=len(self.module.weight)).to(torch.promote_types(output.dtype, torch.float32)))
         if output.requires_grad: output.register_hook(lambda g: self.add_gradients(self.kept(x, g)))
-
-    def __call__(self, module, args, kwargs, output):
-        if torch.is_grad_enabled() and not output.requires_grad: output = rooted(output, self.roots)
-        if self.recording: self.record((args[0] if args else kwargs["input"]), output)
-        return output
 
     def kept(self, x, g):
         "Rows of the gradient; the row of padding gets none."
@@ -112,26 +98,36 @@ def _stub(weight, bias) -> nn.Linear:
     layer.weight, layer.bias = nn.Parameter(weight.detach(), False), None if bias is None else nn.Parameter(bias.detach(), False)
     return layer
 
-# %% ../../nbs/curvature/special.ipynb #28d1556a
-class AttentionSums(LayerSums):
-    "`LayerSums` of the four linear maps in one `nn.MultiheadAttention`."
-    def __init__(self, module, name="", full=False, bias=False, diagonal=False, reduce=False):
-        self.module, self.name, self.width = module, name, module.embed_dim
-        tables = [module.in_proj_weight[i * self.width:(i + 1) * self.width] for i in range(3)] if module.in_proj_weight is not None else \
-                 [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
-        biases = [None] * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
-        blocks = [*zip(tables, biases), (module.out_proj.weight, module.out_proj.bias)]
-        self.parts = {part: LayerSums(_stub(*block), full, bias, diagonal, reduce, f"{name}.{part}") for part, block in zip(("q", "k", "v", "out"), blocks)}
-        self.places = {block[0].data_ptr(): part for part, block in zip(self.parts, blocks)}
+# %% ../../nbs/curvature/special.ipynb #85fdfef2
+def attention_blocks(module:nn.MultiheadAttention) -> dict:
+    "`q`, `k`, `v`, `out` -> (weight, bias), views of the tables; bias None where there is none."
+    tables = module.in_proj_weight.split(module.embed_dim) if module.in_proj_weight is not None else (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    biases = [None] * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+    return dict(zip("qkv", zip(tables, biases)), out=(module.out_proj.weight, module.out_proj.bias))
 
+# %% ../../nbs/curvature/special.ipynb #9306a077
+class PartSums(Sums):
+    "`parts`, by name, of one module, as one."
+    def __init__(self, module, name, parts): self.module, self.name, self.parts = module, name, parts
     def start(self, roots, examples=None, half=None):
-        self.roots, self.linear = roots, None
+        self.roots = roots
         for s in self.parts.values(): s.start(roots, examples, half)
-
+    def heard(self): [s.heard() for s in self.parts.values()]
+    def settle(self): [s.settle() for s in self.parts.values()]
+    def settings(self): return [*super().settings(), *(s.settings() for s in self.parts.values())]
+    def bytes(self): return sum(s.bytes() for s in self.parts.values())
     @property
     def sums(self) -> dict: return {(key[0] if isinstance(key, tuple) else key, part, key): v for part, s in self.parts.items() for key, v in s.sums.items()}
     @property
-    def calls(self) -> int: return self.parts["out"].calls
+    def calls(self) -> int: return max(s.calls for s in self.parts.values())
+
+# %% ../../nbs/curvature/special.ipynb #28d1556a
+class AttentionSums(PartSums):
+    "`LayerSums` of the four linear maps in one `nn.MultiheadAttention`."
+    def __init__(self, module, name="", full=False, bias=False, diagonal=False, reduce=False):
+        blocks, self.linear = attention_blocks(module), None
+        super().__init__(module, name, {part: LayerSums(_stub(*block), full, bias, diagonal, reduce, f"{name}.{part}") for part, block in blocks.items()})
+        self.places = {weight.data_ptr(): part for part, (weight, _) in blocks.items()}
 
     def attach(self):
         return [self.module.register_forward_pre_hook(self.enter, with_kwargs=True), self.module.register_forward_hook(self.leave, always_call=True)]
@@ -145,27 +141,26 @@ class AttentionSums(LayerSums):
 
     def told(self, x, weight, bias=None):
         "The linear map, told to the blocks whose rows `weight` holds."
-        output = self.linear(x, weight, bias)
-        if (first := self.places.get(weight.data_ptr())) is None: return output
+        output, first = self.linear(x, weight, bias), self.places.get(weight.data_ptr())
+        if first is None: return output
         if torch.is_grad_enabled() and not output.requires_grad: output = rooted(output, self.roots)
         names = list(self.parts)
-        blocks = [self.parts[name] for name in names[names.index(first):][:len(weight) // self.width]]
-        if not blocks[0].recording: return output
-        images, rows = self.images(x.detach()), output.numel() // len(weight)
-        for s in blocks: s.take(images, rows)
-        if output.requires_grad:
-            backs = [s.returning(images) for s in blocks]
-            output.register_hook(lambda g: [back(self.images(part)) for back, part in zip(backs, g.split(self.width, -1))] and None)
+        self.tell([self.parts[name] for name in names[names.index(first):][:len(weight) // self.module.embed_dim]], x.detach(), output)
         return output
+
+    def tell(self, blocks, x, output):
+        "Hand `x` to the `blocks`, whose outputs lie side by side in `output`, and what comes back to each."
+        if not blocks[0].recording: return
+        images = self.images(x)
+        for s in blocks: s.take(images, output.numel() // (len(blocks) * self.module.embed_dim))
+        if output.requires_grad:
+            backs = [s.returning(images, s.diagonal) for s in blocks]
+            output.register_hook(lambda g: [back(self.images(part)) for back, part in zip(backs, g.split(self.module.embed_dim, -1))] and None)
 
     def images(self, x):
         "Sequence first, as attention works inside, also where sequence and batch are one dimension."
         return x.reshape(-1, self.batch, x.shape[-1]).permute(1, 2, 0)[:, :, None]
 
-    def heard(self):
-        for s in self.parts.values(): s.heard()
-    def settle(self):
-        for s in self.parts.values(): s.settle()
     def result(self, examples, forwards):
         return {part: factors(s, examples, forwards, "full" if s.full else "channel") for part, s in self.parts.items() if "G" in s.sums}
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'INPUT', 'Group', 'packed', 'unpacked', 'Cut', 'merged', 'check_fits', 'kept', 'gathered', 'without_values',
-           'silenced', 'tensors_of', 'copied', 'set_sizes', 'set_counts', 'cut', 'KeptNorm', 'directions', 'silent',
-           'cut_optimizer']
+           'silenced', 'tensors_of', 'duplicate', 'copied', 'set_sizes', 'set_counts', 'cut', 'KeptNorm', 'directions',
+           'silent', 'cut_optimizer']
 
 # %% ../../nbs/surgery/channels.ipynb #62184d31
 import copy, hashlib, inspect, json
+from collections import OrderedDict
 from dataclasses import dataclass
 import numpy as np, torch
 from torch import nn
@@ -31,7 +32,7 @@ def packed(at:np.ndarray) -> list:
     "Positions as plain data, short where they are regular."
     units, n = at.shape
     short = [int(at[0, 0]), int(at[1, 0] - at[0, 0]) if units > 1 else 1, n, int(at[0, 1] - at[0, 0]) if n > 1 else 1]
-    return short if np.array_equal(unpacked(short, units), at) else at.tolist()
+    return short if (at[:, :1] == short[0] + short[1] * np.arange(units)[:, None]).all() and (at - at[:, :1] == short[3] * np.arange(n)).all() else at.tolist()
 
 # %% ../../nbs/surgery/channels.ipynb #68179c22
 def unpacked(short:list, units:int) -> np.ndarray:
@@ -74,12 +75,12 @@ class Cut:
 
 # %% ../../nbs/surgery/channels.ipynb #12169054
 def merged(parts) -> dict:
-    "Several name -> {dimension: positions} in one, without repetitions."
+    "Several name -> {dimension: positions} in one."
     out = {}
     for part in parts:
         for n, dims in part.items():
             for d, at in dims.items(): out.setdefault(n, {}).setdefault(d, []).append(at)
-    return {n: {d: np.unique(np.concatenate(at)) for d, at in dims.items()} for n, dims in out.items()}
+    return {n: {d: np.sort(np.concatenate(at)) for d, at in dims.items()} for n, dims in out.items()}
 
 # %% ../../nbs/surgery/channels.ipynb #c124f5ea
 def check_fits(model:nn.Module, removed:dict):
@@ -123,6 +124,13 @@ def tensors_of(model:nn.Module) -> dict:
     "Name -> parameter or buffer, shared ones under each of their names."
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
+# %% ../../nbs/surgery/channels.ipynb #c6d15f93
+def duplicate(model:nn.Module, tensors:dict # id of a tensor -> what stands in its place
+              ) -> nn.Module:
+    "`copy.deepcopy` with other tensors. Empty tables of hooks, most of what a module holds, are not gone through."
+    empty = {id(v): OrderedDict() for m in model.modules() for v in vars(m).values() if type(v) is OrderedDict and not v}
+    return copy.deepcopy(model, empty | tensors)
+
 # %% ../../nbs/surgery/channels.ipynb #d43b208c
 def copied(model:nn.Module, change) -> nn.Module:
     "A copy of `model` whose tensors are `change(name, tensor)`; what is shared stays shared."
@@ -131,7 +139,7 @@ def copied(model:nn.Module, change) -> nn.Module:
         if id(t) in memo: continue
         new = change(n, t)
         memo[id(t)] = type(t)(new, requires_grad=t.requires_grad) if type(t) is nn.Parameter else new
-    new = copy.deepcopy(model, memo)
+    new = duplicate(model, memo)
     for a, b in zip(model.modules(), new.modules()):     # what the copy of a graph module forgets
         b.training = a.training
         if isinstance(a, torch.fx.GraphModule): vars(b).update({k: copy.copy(v) for k, v in vars(a).items() if k.startswith("_forward") and "hooks" in k or k not in vars(b) and not inspect.ismethod(v)})
@@ -162,13 +170,13 @@ INPUT = "input"   # `module:input` is no size, but the input that a module norma
 
 # %% ../../nbs/surgery/channels.ipynb #cb96898a
 def set_counts(model:nn.Module, removed:dict):
-    "Lower the sizes `module:attribute` by what is removed of them."
+    "Lower the sizes `module:attribute` by what is removed of them; of a tuple of sizes the one at the dimension."
     for name, dims in removed.items():
         path, _, attribute = name.partition(":")
         if attribute in ("", INPUT): continue
         m = model.get_submodule(path)
-        old, n = getattr(m, attribute), len(dims[0])
-        setattr(m, attribute, old - n if isinstance(old, int) else type(old)([*old[:-1], old[-1] - n]))
+        old = getattr(m, attribute)
+        setattr(m, attribute, old - len(dims[0]) if isinstance(old, int) else type(old)([v - len(dims.get(d, ())) for d, v in enumerate(old)]))
 
 # %% ../../nbs/surgery/channels.ipynb #df7c5bba
 @torch.no_grad()

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'TAPS', 'all_tensors', 'mapped', 'module_hooks', 'note_widths', 'take_whole', 'normalized', 'unlogged',
-           'watched', 'run', 'trace', 'probed', 'Coupling', 'sums']
+           'watched', 'run', 'trace', 'probed', 'Coupling']
 
 # %% ../../nbs/surgery/coupling.ipynb #c453e7cc
-import contextlib, copy, dataclasses, logging
+import contextlib, dataclasses, logging
 from dataclasses import dataclass
 import numpy as np, pandas as pd, torch
 from torch import nn
@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from ..core import UserError, one_of, rng_state, set_rng_state
 from ..profile import attention_fastpath_off, call, device_of, to_device
-from .channels import INPUT, Cut, Group, cut, gathered, tensors_of, without_values
+from .channels import INPUT, Cut, Group, cut, duplicate, gathered, tensors_of, without_values
 from .labels import STAYS, Factor, settle
-from .modules import WHOLE, sizes_of_heads
+from .modules import rule_of, sizes_of_heads
 from .plan import Plan, signature
 from .rules import FACTORS, Trace, settle_groups, settle_slices, tensors
 
@@ -43,9 +43,9 @@ def module_hooks(trace, names):
     "Tell the trace which module runs; modules with a rule of their own are taken as a whole."
     def enter(m, inputs):
         trace.modules.append((names.get(id(m), ""), m))
-        trace.asleep += type(m) in WHOLE
+        trace.asleep += rule_of(type(m)) is not None
     def leave(m, args, kwargs, out):
-        if type(m) in WHOLE:
+        if rule_of(type(m)):
             trace.asleep -= 1
             if not trace.asleep: take_whole(trace, m, args, kwargs, out)
         if not trace.asleep: note_widths(trace, [*args, *kwargs.values(), out])
@@ -67,7 +67,7 @@ def note_widths(trace, values):
 def take_whole(trace, m, args, kwargs, out):
     "Apply the rule of a module."
     names = [n for n in type(m).forward.__code__.co_varnames[1:type(m).forward.__code__.co_argcount]]
-    found = WHOLE[type(m)](trace, m, out=out, **dict(zip(names, args)) | kwargs)
+    found = rule_of(type(m))(trace, m, out=out, **dict(zip(names, args)) | kwargs)
     for t, f in zip((out,) if isinstance(out, torch.Tensor) else out, found or []): trace.tell(t, f)
 
 # %% ../../nbs/surgery/coupling.ipynb #6bab386b
@@ -93,16 +93,16 @@ def _on_meta(t):
     return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
 
 # %% ../../nbs/surgery/coupling.ipynb #d48fabbd
-def watched(model:nn.Module, inputs, kind:str, leaf=None) -> tuple[Trace, object]:
+def watched(model:nn.Module, inputs, kind:str, leaf=None, heads="whole") -> tuple[Trace, object]:
     "A trace of one forward pass in evaluation mode on tensors of a `kind`, and the outputs."
     mode = FakeTensorMode(allow_non_fake_inputs=True) if kind == "fake" else contextlib.nullcontext()
     hollow = dict(meta=_on_meta, fake=lambda t: mode.from_tensor(t)).get(kind)
     change = (lambda n, t: hollow(t) if kind == "meta" or t.is_floating_point() else t) if hollow else (lambda n, t: nn.Parameter(t.detach(), t.requires_grad) if isinstance(t, nn.Parameter) else t.clone())
     ready = kind == "meta" and leaf is not None           # a cut copy, without values
-    twin = model if ready else copy.deepcopy(model, {id(t): change(n, t) for n, t in tensors_of(model).items()})
+    twin = model if ready else duplicate(model, {id(t): change(n, t) for n, t in tensors_of(model).items()})
     for m in twin.modules(): m.training = False          # not eval(), which exported programs refuse
     names = {id(m): n for n, m in reversed(list(twin.named_modules(remove_duplicate=False)))}
-    trace = Trace({id(t): (n, isinstance(t, nn.Parameter)) for n, t in reversed(tensors_of(twin).items())})
+    trace = Trace({id(t): (n, isinstance(t, nn.Parameter)) for n, t in reversed(tensors_of(twin).items())}, heads)
     if leaf: trace.leaf = lambda name, silenced, t: leaf(trace, name, silenced, t)
     inputs = mapped(inputs, hollow or torch.clone)
     rng = rng_state()
@@ -117,21 +117,23 @@ def watched(model:nn.Module, inputs, kind:str, leaf=None) -> tuple[Trace, object
 # %% ../../nbs/surgery/coupling.ipynb #4ab81c33
 KINDS = ("meta", "fake", "real")   # of tensors: quickest first; each runs some code that the one before does not
 
-def run(model, inputs) -> tuple[Trace, object, str]:
+def run(model, inputs, heads="whole") -> tuple[Trace, object, str]:
     "`watched` on the first kind of tensors that the network runs on."
     if isinstance(model, torch.jit.ScriptModule): raise UserError("A TorchScript module runs code that cannot be watched. Pass the module that it was made from.")
     for kind in KINDS:
-        try: return *watched(model, to_device(inputs, device_of(model)), kind), kind
+        try: return *watched(model, to_device(inputs, device_of(model)), kind, heads=heads), kind
         except Exception as e: error = e
     raise UserError(f"{type(model).__name__} does not run on these example inputs: {type(error).__name__}: {str(error)[:300]}. Pass inputs that it takes: a tensor, a tuple of positional or a dict of keyword arguments.") from error
 
 # %% ../../nbs/surgery/coupling.ipynb #edce0081
 def trace(model:nn.Module,
           example_inputs,   # a tensor, a tuple of positional arguments, or a dict of keyword arguments
+          heads="whole",    # what goes of attention: `whole` heads, or the same `features` of all heads
           ) -> "Coupling":
     """Which channels of `model` live and die together. `model` is untouched, its parameters may be frozen and in any mode. Raises `UserError` when it does not
     run on the inputs. What cannot be cut is in `frozen`, with the reason."""
-    found, out, kind = run(model, example_inputs)
+    one_of("part of heads", heads, ("whole", "features"))
+    found, out, kind = run(model, example_inputs, heads)
     for t in all_tensors(out): found.freeze(t, "an output of the network")
     settle_slices(found)
     settle_groups(found)
@@ -158,7 +160,8 @@ def _grouped(leaves, components, reasons) -> tuple[list, pd.DataFrame]:
         starts = np.cumsum(counts) - counts
         first = dict.fromkeys(signatures[c[free[c]]].tolist())
         for s in first:
-            units = groups.setdefault(s, (name, d, _in_order(c, signatures, s, free), {}))[2]
+            if s not in groups: groups[s] = name, d, _in_order(c, signatures, s, free), {}
+            units = groups[s][2]
             groups[s][3].setdefault(name, {})[d] = order[starts[units][:, None] + np.arange(counts[units[0]])]
         for why, k in _counted(c[~free[c]], reasons).items(): stays.append(dict(parameter=name, dimension=d, indices=k, reason=why))
     return _named(groups, stays)
@@ -227,7 +230,7 @@ def _fault(coupling, found, model, inputs, removed, kind) -> str:
         if not t.is_floating_point(): return []
         left = {d: np.delete(ids[name, d], gone.get(name, {}).get(d, [])) for d in range(t.dim()) if (name, d) in ids}
         return [Factor((d,), l, silenced) for d, l in left.items() if len(l) > 1]
-    try: trace = watched(cut(model, gone, without_values if kind == "meta" else gathered), inputs, kind, leaf)[0]
+    try: trace = watched(cut(model, gone, without_values if kind == "meta" else gathered), inputs, kind, leaf, found.heads)[0]
     except Exception as e: return f"the network's code fails when it is cut: {type(e).__name__}: {str(e)[:120]}"
     settle_slices(trace)
     if kind != "real" and (why := _otherwise(found, trace, gone)): return why
@@ -290,20 +293,12 @@ class Coupling:
 
     def norms(self, model:nn.Module, p:float=1) -> dict:
         "Group -> p-norm of every unit: of all parameter entries that go with it."
-        own, out = dict(model.named_parameters(remove_duplicate=False)), {}
-        for g in self.groups:
-            total = np.zeros(g.units)
-            for n, dims in g.members.items():
-                for d, at in dims.items():
-                    if n in own: total += sums(own[n], d, p)[at].sum(1)
-            out[g.name] = torch.from_numpy(total ** (1 / p))
-        return out
+        own, out = dict(model.named_parameters(remove_duplicate=False)), {g.name: np.zeros(g.units) for g in self.groups}
+        for n in {n for g in self.groups for n in g.members if n in own}:
+            powers = own[n].detach().abs() if p == 1 else own[n].detach().abs().pow(p)
+            sums = {d: (powers.sum([i for i in range(powers.dim()) if i != d]) if powers.dim() > 1 else powers).double().cpu().numpy() for d in {d for g in self.groups for d in g.members.get(n, ())}}
+            for g in self.groups:
+                for d, at in g.members.get(n, {}).items(): out[g.name] += sums[d][at].sum(1)
+        return {n: torch.from_numpy(total ** (1 / p)) for n, total in out.items()}
 
     def _repr_html_(self): return self.table._repr_html_() + "<p>What stays:</p>" + self.frozen.groupby("reason").agg(parameters=("parameter", "nunique"), indices=("indices", "sum"))._repr_html_()
-
-# %% ../../nbs/surgery/coupling.ipynb #aa519f56
-@torch.no_grad()
-def sums(t, dim, p) -> np.ndarray:
-    "Sum of the p-th powers of the magnitudes for every index of a dimension."
-    t = t.detach().abs() if p == 1 else t.detach().abs().pow(p)
-    return t.movedim(dim, 0).flatten(1).sum(1).double().cpu().numpy() if t.dim() > 1 else t.double().cpu().numpy()

@@ -6,8 +6,8 @@
 __all__ = ['RULES', 'FACTORS', 'WHOLE_TENSOR', 'SIZED', 'LAYOUT', 'POINTWISE', 'LIKE', 'ZERO_AT_ZERO', 'CHANNELS_OF_GROUP',
            'WIDTHS', 'SUMS', 'rule', 'tensors', 'Trace', 'quick', 'is_pointwise', 'unknown', 'joined', 'unite_over',
            'pointwise', 'contract', 'contracted', 'plus', 'whole', 'channel_labels', 'GroupedConvolution',
-           'settle_groups', 'count', 'note_width', 'reshaped', 'merged_blocks', 'moved', 'on_labels', 'picked',
-           'reduced', 'affine', 'repeated_heads', 'labels_of_features', 'settle_slices']
+           'settle_groups', 'count', 'note_width', 'note_shape', 'reshaped', 'merged_blocks', 'moved', 'on_labels',
+           'picked', 'reduced', 'affine', 'repeated_heads', 'labels_of_features', 'settle_slices']
 
 # %% ../../nbs/surgery/rules.ipynb #a69984a8
 import math, re
@@ -41,8 +41,10 @@ def tensors(x) -> list:
 # %% ../../nbs/surgery/rules.ipynb #eceb631a
 class Trace(TorchDispatchMode):
     "Carries labels along while a network runs."
-    def __init__(self, named:dict): # id of a parameter or buffer -> (name, whether its values are silenced with its labels)
+    def __init__(self, named:dict, # id of a parameter or buffer -> (name, whether its values are silenced with its labels)
+                 heads="whole"):   # what goes of attention: `whole` heads, or the same `features` of all heads
         super().__init__()
+        self.heads = heads
         self.labels, self.named, self.asleep = Labels(), named, 0
         self.leaves = {}          # name of a parameter, buffer or count -> {dimension: labels}
         self.log = []             # operations, the numbers that they were given, but for sizes, and what came out
@@ -62,7 +64,8 @@ class Trace(TorchDispatchMode):
     def known(self, t:torch.Tensor) -> list:
         "The factors of a tensor."
         if (found := getattr(t, FACTORS, None)) is None:
-            found = self.leaf(*self.named[id(t)], t) if id(t) in self.named else []
+            if id(t) not in self.named: return []
+            found = self.leaf(*self.named[id(t)], t)
             setattr(t, FACTORS, found)
         return found
 
@@ -104,6 +107,7 @@ class Trace(TorchDispatchMode):
         space, _, name = func._schema.name.partition("::")
         if space == "prim": return
         given = dict(zip((a.name for a in func._schema.arguments), args)) | kwargs
+        if name.startswith("lift_fresh") and not out.is_meta and type(out) is torch.Tensor and out.numel() < 9: self.log.append(("a constant", out.tolist(), []))
         if not func.is_view and name not in LAYOUT: self.log.append((name, [round(v, 12) if type(v) is float else v for n, v in given.items() if type(v) in (int, float) and n not in SIZED], tensors(out)))
         if not any(self.known(t) for t in tensors(args) + tensors(list(kwargs.values()))): return
         arguments = {a.name: given.get(a.name, a.default_value) for a in func._schema.arguments}
@@ -236,11 +240,11 @@ def contract(trace, x, xs, w, ws, outs, name) -> list:
 # %% ../../nbs/surgery/rules.ipynb #f583d4a1
 def contracted(trace, operands, gone, outs, name) -> list:
     "The same for operands that are given as (factors, letters, shape)."
-    result = []
-    for block, labels in joined(trace.labels, operands, f"meets in {name} what stays", gone):
+    result, whole = [], trace.heads == "whole"
+    for block, labels in joined(trace.labels, operands, f"meets in {name} what stays", gone if whole else ()):
         left, quiet = [i for i, l in enumerate(block) if l in outs], [_is_quiet(o, block) for o in operands]
-        if left: result.append(Factor(tuple(outs.index(block[i]) for i in left), labels.reshape([labels.shape[i] for i in left]), any(quiet)))
-        elif not any(quiet): trace.labels.freeze(labels, f"{name} sums over it, and it would not be zero when silenced")
+        if len(left) < len(block) and not (left and whole) and not any(quiet): trace.labels.freeze(labels, f"{name} sums over it, and it would not be zero when silenced")
+        if left and (whole or len(left) == len(block)): result.append(Factor(tuple(outs.index(block[i]) for i in left), labels.reshape([labels.shape[i] for i in left]), any(quiet)))
     return result
 
 # %% ../../nbs/surgery/rules.ipynb #f1965b9b
@@ -356,30 +360,38 @@ def settle_groups(trace):
             trace.leaves.pop(f"{module}:groups", None)
 
 # %% ../../nbs/surgery/rules.ipynb #2349ac1e
-def count(trace, attribute, labels):
-    "Note that the module that runs holds in `attribute` how many of `labels` there are, if it does."
+def count(trace, attribute, labels) -> bool:
+    "Note that the module that runs holds in `attribute` how many of `labels` there are, alone or as the last of several sizes; whether it does."
     name, module = trace.modules[-1] if trace.modules else ("", None)
     held, n = getattr(module, attribute, None), len(labels)
-    if held == n or isinstance(held, (tuple, list)) and held and held[-1] == n: trace.leaves.setdefault(f"{name}:{attribute}", {0: labels})
+    d = 0 if type(held) is int and held == n else len(held) - 1 if isinstance(held, (tuple, list)) and held and held[-1] == n else None
+    if d is not None: trace.leaves.setdefault(f"{name}:{attribute}", {d: labels})
+    return d is not None
 
 Trace.count = count
 
 # %% ../../nbs/surgery/rules.ipynb #7f2b4a04
-WIDTHS = set("hidden_dim d_model embed_dim hidden_size dim width channels num_channels embedding_dim all_head_size inner_dim attn_dim split_size attention_dim total_dim out_channels in_channels output_dim num_features dim_out out_dim".split())
+WIDTHS = set("hidden_dim d_model embed_dim hidden_size dim width channels num_channels embedding_dim all_head_size inner_dim attn_dim split_size attention_dim total_dim out_channels in_channels output_dim num_features dim_out out_dim expand_chs".split())
 
 def note_width(trace, labels):
     "Note that the module that runs holds the number of `labels`, where it does so under one of the names of `WIDTHS`."
     for name, value in vars(trace.modules[-1][1]).items() if trace.modules else ():
         if name in WIDTHS and value == len(labels): trace.count(name, labels)
 
-Trace.note_width = note_width
+def note_shape(trace, dim, shape, labels):
+    "Note that the module that runs holds the shape of a result, as a tuple."
+    name, module = trace.modules[-1] if trace.modules else ("", None)
+    for attribute, value in vars(module).items() if module else ():
+        if isinstance(value, (tuple, list)) and len(value) > 1 and tuple(value) == shape: trace.leaves.setdefault(f"{name}:{attribute}", {dim: labels})
+
+Trace.note_width, Trace.note_shape = note_width, note_shape
 
 # %% ../../nbs/surgery/rules.ipynb #996d53d8
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten", "_reshape_copy", "view_copy", "unsqueeze", "squeeze", "expand_as_view", "view_as")
 def _view(trace, out, name, self, **_) -> list:
     factors = reshaped(trace, trace.known(self), tuple(self.shape), tuple(out.shape))
     for f in factors:
-        if len(varying(f.labels)) == 1: trace.note_width(f.labels.ravel() if f.labels.ndim == 1 else along(f.labels, varying(f.labels)))
+        if len(axes := varying(f.labels)) == 1: trace.note_width(along(f.labels, axes)); trace.note_shape(f.dims[axes[0]], tuple(out.shape), along(f.labels, axes))
     return factors
 
 # %% ../../nbs/surgery/rules.ipynb #aadef5b3
@@ -478,6 +490,7 @@ def _split(trace, out, name, self, dim=0, **_) -> list:
         if dim in f.dims and len(out) > 1:
             if not even: trace.labels.freeze(f.labels, "split into parts of fixed sizes"); continue
             axis = f.dims.index(dim)
+            if f.labels.ndim == 1: trace.note_width(f.labels)
             shape = f.labels.shape[:axis] + (len(out), out[0].shape[dim]) + f.labels.shape[axis + 1:]
             trace.labels.splits.append(Split(f.labels.reshape(shape), tuple(i for i in range(len(shape)) if i != axis), trace.module, f"a dimension in {len(out)} parts"))
     for t in out:
@@ -529,8 +542,14 @@ def _pad(trace, out, name, self, pad=None, padding=None, value=0, **_) -> list:
         dim, before, after = self.dim() - 1 - i, pad[2 * i], pad[2 * i + 1]
         if (before, after) == (0, 0) or not any(dim in f.dims for f in factors): continue
         if name != "constant_pad_nd" or min(before, after) < 0: trace.freeze(self, f"goes through {name}", [dim])
-        factors = [Factor(f.dims, np.pad(f.labels, [(before, after) if d == dim else (0, 0) for d in f.dims], constant_values=STAYS), f.quiet) if dim in f.dims else f for f in factors]
+        factors = [Factor(f.dims, _padded(f, dim, before, after), f.quiet and not value) if dim in f.dims else f for f in factors]
     return factors
+
+# %% ../../nbs/surgery/rules.ipynb #6ed3fddd
+def _padded(f, dim, before, after) -> np.ndarray:
+    "Labels with more indices along `dim`: these stay, or, where a label belongs to other dimensions as well, as a head's, they go with their neighbour."
+    width = [(before, after) if d == dim else (0, 0) for d in f.dims]
+    return np.pad(f.labels, width, constant_values=STAYS) if len(f.dims) == 1 else np.pad(f.labels, width, mode="edge")
 
 # %% ../../nbs/surgery/rules.ipynb #f2cefd66
 @rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
@@ -628,8 +647,8 @@ def _group_norm(trace, out, name, input, weight=None, bias=None, group=None, num
         elif groups == 1: trace.normalizers.add(trace.normalizer)
         else:
             table = labels.reshape(groups, -1)
-            unite_over(trace.labels, table, (1,))
-            trace.count("num_groups", table[:, 0])
+            if trace.count("num_groups", table[:, 0]): unite_over(trace.labels, table, (1,))
+            else: trace.labels.freeze(labels, "normalised in a number of groups that is written down")
     result, quiet = tensors(out)[0], weight is not None or groups == 1
     factors = affine(trace, result, [Factor(f.dims, f.labels, True) for f in factors], weight, bias, 1, name)
     factors = [Factor(f.dims, f.labels, f.quiet or quiet) for f in factors]
@@ -729,7 +748,7 @@ def repeated_heads(trace, t, heads) -> torch.Tensor:
 def labels_of_features(trace, t):
     "Features of heads that could go by themselves change the default scale: they stay."
     for f in trace.known(t):
-        if f.dims == (t.dim() - 1,): trace.labels.freeze(f.labels, "attention is scaled by the number of features")
+        if f.dims == (t.dim() - 1,) or trace.heads == "features" and t.dim() - 1 in f.dims: trace.labels.freeze(f.labels, "attention is scaled by the number of features")
 
 Trace.labels_of_features = labels_of_features
 
@@ -737,10 +756,31 @@ Trace.labels_of_features = labels_of_features
 @rule("copy_", "copy", "index_put_", "scatter_", "scatter", "slice_scatter", "index_add_")
 def _write(trace, out, name, self, src=None, **arguments) -> list:
     if name in ("copy_", "copy") and src is not None:
+        if (adopted := _adopted(trace, self, src)) is not None: return adopted
         operands = [(trace.known(self), list(range(self.dim())), self.shape), (trace.known(src), list(range(self.dim() - src.dim(), self.dim())), src.shape)]
         return [Factor(b, a, all(_is_quiet(o, b) for o in operands)) for b, a in joined(trace.labels, operands, "written to what stays")]
     for t in [self, *tensors([src, *arguments.values()])]: trace.freeze(t, f"goes through {name}")
     return trace.known(self)
+
+# %% ../../nbs/surgery/rules.ipynb #6706beee
+def _adopted(trace, t, src) -> list|None:
+    "What is written into a part of a tensor that was made just now is what that tensor knows, where the part is all of a dimension."
+    base = t._base
+    if base is None or trace.known(t) or trace.known(base) or base.dim() != t.dim() or src.dim() != t.dim(): return None
+    factors = [f for f in trace.known(src) if all(t.shape[d] == base.shape[d] for d in f.dims)]
+    if len(factors) < len(trace.known(src)): return None
+    trace.tell(base, [Factor(f.dims, f.labels, False) for f in factors])
+    return factors
+
+# %% ../../nbs/surgery/rules.ipynb #3aeca3f9
+@rule("index_add", "scatter_add", "index_copy", "scatter_reduce", "index_reduce")
+def _gathered_into(trace, out, name, self, dim, index=None, source=None, src=None, **_) -> list:
+    "Rows are added where an index says; the other dimensions are one in both."
+    values, dim = source if source is not None else src, dim % self.dim()
+    for t in (self, values): trace.freeze(t, "indexed by value", [dim])
+    operands = [([f for f in trace.known(t) if dim not in f.dims], list(range(t.dim())), t.shape) for t in (self, values)]
+    if not trace.known(self): operands = operands[1:]                # new zeros, of the width of what is added
+    return [Factor(b, a, all(_is_quiet(o, b) for o in operands)) for b, a in joined(trace.labels, operands, f"goes through {name} with what stays")]
 
 # %% ../../nbs/surgery/rules.ipynb #c36da37a
 @rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_empty", "new_full", "sym_size", "_local_scalar_dense", "size", "is_nonzero", "bernoulli", "bucketize", "new_empty_strided", "scalar_tensor", "equal", "_assert_async", "isfinite", "nonzero", "empty_strided")
@@ -748,7 +788,6 @@ def _made(trace, out, name, **arguments) -> list:
     "New tensors know nothing; reading a value freezes what was read."
     if name in ("_local_scalar_dense", "is_nonzero", "bucketize", "equal", "nonzero"):
         for t in tensors(list(arguments.values())): trace.freeze(t, "its values decide what the network does")
-    return [] if isinstance(out, torch.Tensor) else None
 
 # %% ../../nbs/surgery/rules.ipynb #f7ac4f05
 @rule("as_strided", "as_strided_")
