@@ -45,7 +45,10 @@ def test_scores_are_saved_whole(digits, method, tmp_path):
     scores = score(model, data.train.plain(64), method, progress=False)
     save_scores(scores, tmp_path / "scores.safetensors")
     again = load_scores(tmp_path / "scores.safetensors")
-    assert allocate(again, .3, "params").as_dict() == allocate(scores, .3, "params").as_dict()
+    one, two = (allocate(s, .3, "params") for s in (scores, again))
+    assert one.settings == two.settings and one.cuts == two.cuts and one.layers.keys() == two.layers.keys()
+    for k, l in one.layers.items():      # the layout of a matrix in memory changes the last digit
+        assert dict(vars(l), predicted=0) == dict(vars(two.layers[k]), predicted=0) and l.predicted == pytest.approx(two.layers[k].predicted, rel=1e-6)
 
 @pytest.mark.parametrize("method", [m for m, c in METHODS.items() if c.needs == "weights"])
 def test_weights_need_no_data(digits, method):
