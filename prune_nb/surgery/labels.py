@@ -112,10 +112,12 @@ def units(kinds:np.ndarray, axis:int) -> int:
 
 # %% ../../nbs/surgery/labels.ipynb #22a3d499
 def settle(labels:Labels) -> list:
-    "Unite until every split is rectangular. (split, the axis that shrinks or None) for every split."
+    "Unite until every split is rectangular in what can go. (split, the axis that shrinks or None) for every split."
     while True:
         components, grown = labels.components(), False
-        kinds = [np.where(s.labels == STAYS, -1 - np.arange(s.labels.size).reshape(s.labels.shape), components[s.labels]) for s in labels.splits]
+        stays = np.zeros(labels.count + 1, bool)                     # the last is for `STAYS`
+        stays[[c for frozen, _ in labels.frozen for c in components[frozen]]] = True
+        kinds = [np.where((s.labels == STAYS) | stays[components[s.labels]], STAYS, components[s.labels]) for s in labels.splits]
         for s, k in zip(labels.splits, kinds):
             if len(axes := varying(k)) < 2: continue
             axis = max(s.axes, key=lambda x: (units(k, x), x))

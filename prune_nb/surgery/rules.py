@@ -542,8 +542,14 @@ def _pad(trace, out, name, self, pad=None, padding=None, value=0, **_) -> list:
         dim, before, after = self.dim() - 1 - i, pad[2 * i], pad[2 * i + 1]
         if (before, after) == (0, 0) or not any(dim in f.dims for f in factors): continue
         if name != "constant_pad_nd" or min(before, after) < 0: trace.freeze(self, f"goes through {name}", [dim])
-        factors = [Factor(f.dims, np.pad(f.labels, [(before, after) if d == dim else (0, 0) for d in f.dims], constant_values=STAYS), f.quiet) if dim in f.dims else f for f in factors]
+        factors = [Factor(f.dims, _padded(f, dim, before, after), f.quiet and not value) if dim in f.dims else f for f in factors]
     return factors
+
+# %% ../../nbs/surgery/rules.ipynb #6ed3fddd
+def _padded(f, dim, before, after) -> np.ndarray:
+    "Labels with more indices along `dim`: these stay, or, where a label belongs to other dimensions as well, as a head's, they go with their neighbour."
+    width = [(before, after) if d == dim else (0, 0) for d in f.dims]
+    return np.pad(f.labels, width, constant_values=STAYS) if len(f.dims) == 1 else np.pad(f.labels, width, mode="edge")
 
 # %% ../../nbs/surgery/rules.ipynb #f2cefd66
 @rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
