@@ -21,6 +21,7 @@ class Case:
     frozen: tuple = ()             # places that must not
     refusable: bool = False        # may be left as it is, in words; what is cut must be exact all the same
     kept: bool = False             # sums or normalises over removed channels: zeros in the weights are not the mask
+    tolerance: float = 1e-5        # of the relative difference in float32
     left: float = 1                # share of the parameters that may stay
     tags: tuple = ("quick",)       # quick | slow, then the family
     double: bool = True            # also in float64, where the quick half is

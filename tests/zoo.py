@@ -62,7 +62,7 @@ def torchvision_networks():
         else: arguments |= dict(score_thresh=0., detections_per_img=5)
         real(name, functools.partial(get_model, name, weights=None, weights_backbone=None, num_classes=4, **arguments), lambda: ([torch.rand(3, 120, 150)],), "detection", seconds=600)
     for name in list_models(module=models.optical_flow):
-        real(name, functools.partial(get_model, name, weights=None), lambda: (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128), 2), "flow", refusable=True, double=False)
+        real(name, functools.partial(get_model, name, weights=None), lambda: (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128), 1), "flow", refusable=True, double=False, tolerance=1e-4)   # pixels are looked up at places that rounding moves; in float64 the difference is 0
 
 def torchvision_in_small():
     "The quick half of torchvision: its classes, few and narrow blocks."
