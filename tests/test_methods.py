@@ -129,3 +129,19 @@ def test_frozen_parameters_take_part(digits, method):
     finally:
         for p in model.parameters(): p.requires_grad_(True)
     assert all(torch.equal(g.saliency, again[k].saliency) for k, g in found.items())
+
+
+@pytest.mark.parametrize("method", [m for m, c in METHODS.items() if c.needs == "gradients"])
+def test_a_parameter_without_gradient_counts_as_zero(method):
+    "A branch that the loss does not see; everything else is scored."
+    class Branch(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.unseen, self.b = torch.nn.Linear(3, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 4), torch.nn.Linear(6, 2)
+        def forward(self, x):
+            h = self.norm(self.a(x)).relu()
+            return self.b(h), self.unseen(h)
+    net, data = Branch(), [(torch.randn(8, 3), torch.randint(2, (8,)))]
+    net.train()
+    saliency = score(net, data, method, loss=lambda out, y: torch.nn.functional.cross_entropy(out[0], y), progress=False).groups["a"].saliency
+    assert saliency.isfinite().all() and saliency.max() > 0 and net.training

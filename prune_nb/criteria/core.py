@@ -6,7 +6,8 @@
 __all__ = ['TENSORS', 'PLAIN', 'COSTS', 'METHODS', 'NEEDS', 'SIDES', 'MEASURES', 'REDUCTIONS', 'NORMALIZATIONS', 'LayerScores',
            'GroupScores', 'Scores', 'save_scores', 'load_scores', 'least_half', 'scores_table', 'register',
            'method_ids', 'find_method', 'side_of', 'Member', 'members_of', 'reduced', 'normalized', 'is_example',
-           'first_example', 'output_layer', 'score_layers', 'unit_values', 'over_gradients', 'score_groups', 'score']
+           'first_example', 'output_layer', 'score_layers', 'unit_values', 'over_gradients', 'Singles', 'score_groups',
+           'score']
 
 # %% ../../nbs/criteria/core.ipynb #43496d04
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from ..costs import Costs, costs
 from ..curvature.kfac import collect
 from ..profile import call, count_macs, count_params, device_of, to_device
 from ..surgery.channels import Group, packed, unpacked
-from ..surgery.coupling import Coupling, trace
+from ..surgery.coupling import Coupling, mapped, trace
 from ..surgery.factorize import LayerShape, unfactorizable
 from ..surgery.plan import signature
 
@@ -268,6 +269,16 @@ def over_gradients(model:nn.Module, data, visit, samples=None, loss=None, progre
             left -= len(y)
             visit(len(y), value.item())
 
+# %% ../../nbs/criteria/core.ipynb #882ab4c7
+class Singles:
+    "Batches of one example each."
+    def __init__(self, data): self.data = data
+    def __iter__(self):
+        for x, y in self.data:
+            for i in range(len(y)):
+                part = lambda t: t[i:i + 1] if t.dim() else t
+                yield mapped(x, part), mapped(y, part)
+
 # %% ../../nbs/criteria/core.ipynb #3ea04f28
 class _Average:
     "Mean over examples of the values of every group."
@@ -298,7 +309,7 @@ def score_groups(model, data, criterion, ignore=(), samples=None, loss=None, see
     members = members_of(model, coupling, seed)
     average = _Average(criterion, members, reduction)
     if criterion.needs == "weights": average(1, 0.)
-    else: over_gradients(model, data, average, samples, loss, progress)
+    else: over_gradients(model, Singles(data) if getattr(criterion, "per_example", False) else data, average, samples, loss, progress)
     values, examples = average.values(), average.examples if criterion.needs != "weights" else 0
     groups = {g.name: GroupScores(g, normalized(values[g.name], normalization).cpu()) for g in coupling.groups if g.name in values}
     bad = [n for n, g in groups.items() if not g.saliency.isfinite().all()]
