@@ -139,7 +139,7 @@ def trace(model:nn.Module,
     settle_groups(found)
     for split, axis in settle(found.labels):
         if axis is not None: sizes_of_heads(found, model, split, axis)
-    components = found.labels.components()
+    found.components = components = found.labels.components()
     coupling = Coupling(signature(model), *_grouped(found.leaves, components, found.labels.reasons(components)))
     return probed(coupling, found, model, example_inputs, kind)
 
@@ -241,7 +241,7 @@ def _fault(coupling, found, model, inputs, removed, kind) -> str:
 # %% ../../nbs/surgery/coupling.ipynb #6c0b7268
 def _otherwise(found, probe, gone) -> str:
     "What a cut network does otherwise than it should: its operations, their numbers, the shapes of what comes out."
-    components = found.labels.components()
+    components = found.components
     dead = np.zeros(found.labels.count + 1, bool)                # the last is for `STAYS`
     for name, dims in gone.items():
         for d, at in dims.items(): dead[components[found.leaves[name][d][at]]] = True

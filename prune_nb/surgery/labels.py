@@ -113,7 +113,7 @@ def units(kinds:np.ndarray, axis:int) -> int:
 # %% ../../nbs/surgery/labels.ipynb #22a3d499
 def settle(labels:Labels) -> list:
     "Unite until every split is rectangular in what can go. (split, the axis that shrinks or None) for every split."
-    while True:
+    while labels.splits:
         components, grown = labels.components(), False
         stays = np.zeros(labels.count + 1, bool)                     # the last is for `STAYS`
         stays[[c for frozen, _ in labels.frozen for c in components[frozen]]] = True
@@ -126,3 +126,4 @@ def settle(labels:Labels) -> list:
             grown = True
             break
         if not grown: return [(s, (varying(k) or (None,))[0]) for s, k in zip(labels.splits, kinds)]
+    return []

@@ -51,6 +51,7 @@ class Trace(TorchDispatchMode):
         self.modules = []         # (name, module) of those that run, the innermost last
         self.normalizers = set()  # names of modules that normalise over labels
         self.grouped = []         # grouped convolutions, and the modules that run them
+        self.components = None    # of the labels, once all is united
         self.parts = {}           # slices of dimensions, until all are known
 
     @property
