@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMS', 'ALL_FORMS', 'LayerShape', 'factor_costs', 'form_cost', 'cheapest_form', 'unfactorizable', 'pointwise',
            'layer_like', 'check_form', 'skeleton', 'Factors', 'fill_factors', 'build', 'kernel', 'projected', 'fill',
-           'factorize', 'project']
+           'factorize']
 
 # %% ../../nbs/surgery/factorize.ipynb #8d0692d4
 import copy, itertools
@@ -172,9 +172,3 @@ def fill(parts:nn.Sequential, # from `skeleton`
 def factorize(layer:nn.Module, U, V, form="both") -> nn.Sequential:
     "`layer` between the bases `U` (C_out x r_out) and `V` (C_in x r_in)."
     return fill(skeleton(layer, U.shape[1], V.shape[1], form), layer, U, V)
-
-# %% ../../nbs/surgery/factorize.ipynb #6dfe333c
-@torch.no_grad()
-def project(layer:nn.Module, U, V):
-    "Replace the weight of `layer` by its part in the bases, $U U^\\top W_d V V^\\top$, in place: what the factorised layer computes."
-    layer.weight.copy_(projected(layer, U, V).weight.view_as(layer.weight))
