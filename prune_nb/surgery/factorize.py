@@ -8,7 +8,7 @@ __all__ = ['FORMS', 'ALL_FORMS', 'LayerShape', 'factor_costs', 'form_cost', 'che
            'factorize']
 
 # %% ../../nbs/surgery/factorize.ipynb #8d0692d4
-import copy, itertools
+import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 import torch
