@@ -15,7 +15,8 @@ from .criteria.core import METHODS, Scores, find_method, first_example, is_examp
 from .criteria import curvature_tucker, eigendamage, geometric_median, magnitude, taylor
 from .profile import compare
 from .surgery.channels import kept
-from .surgery.export import load, save
+from .surgery.coupling import trace
+from .surgery.export import export, load, save
 from .surgery.plan import Plan
 from .surgery.verify import verify
 from .train import refresh_bn
@@ -65,6 +66,7 @@ def _checked_data(data, method):
     if is_example(data):
         if find_method(method).needs == "weights": return
         raise UserError(f"Example inputs are not enough for {method!r}, which needs the loss: pass a DataLoader, or a list of (inputs, targets).")
+    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"): raise UserError(f"Invalid data: {type(data).__name__}. Valid: a DataLoader or a list of (inputs, targets); for methods that need weights alone also example inputs, as a tensor, a tuple or a dict.")
     if iter(data) is data: raise UserError("data can be gone through only once: pass a DataLoader, or a list of (inputs, targets), not a generator.")
 
 # %% ../nbs/api.ipynb #1c3e4fa2

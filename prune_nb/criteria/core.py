@@ -220,7 +220,9 @@ def first_example(data):
     "The inputs of the first example of an iterable of `(inputs, targets)`, or the inputs that `data` are."
     take = lambda x: x[:1] if isinstance(x, torch.Tensor) and x.dim() else {k: take(v) for k, v in x.items()} if isinstance(x, dict) else type(x)(map(take, x)) if isinstance(x, (tuple, list)) else x
     if is_example(data): return data
-    for x, _ in data: return take(x)
+    for batch in data:
+        if isinstance(batch, (tuple, list)) and len(batch) == 2: return take(batch[0])
+        raise UserError(f"Each item of data must be a pair (inputs, targets), and the first is {f'{len(batch)} things' if isinstance(batch, (tuple, list)) else f'a {type(batch).__name__}'}. Several inputs go into a tuple or dict of their own: ((a, b), targets).")
     raise UserError("There is nothing to score on: the data gave no batch. Pass a loader with at least one.")
 
 # %% ../../nbs/criteria/core.ipynb #c4ed247f
@@ -335,10 +337,11 @@ def score(model:nn.Module,
           ) -> Scores:
     "Saliencies of all that the method can prune: directions of layers, or units of groups of channels. The model is as before, also after an error."
     criterion = find_method(method)()
-    for n in ignore: one_of("layer to ignore", n, [n for n, _ in model.named_modules()])
+    ignore = [ignore] if isinstance(ignore, str) else list(ignore)
+    for n in ignore: one_of("layer to ignore", n, [n for n, _ in model.named_modules() if n])
     if criterion.needs != "weights" and is_example(data): raise UserError(f"Example inputs are not enough for {criterion.name!r}, which needs the loss: pass a DataLoader, or a list of (inputs, targets).")
     if criterion.needs == "kfac" and (reduction or normalization): raise UserError(f"reduction and normalization are for methods that rank groups of channels; {criterion.name!r} ranks directions of layers. Leave them out.")
     if criterion.needs == "kfac": scores = score_layers(model, data, criterion, ignore, samples, fisher, loss, seed, progress)
     else: scores = score_groups(model, data, criterion, ignore, samples, loss, seed, reduction, normalization, progress)
-    if not scores.layers and not scores.groups: raise UserError(f"No layer is left to prune with {method!r}: {'; '.join(f'{k}: {why}' for k, why in scores.skipped.items())}.")
+    if not scores.layers and not scores.groups: raise UserError(f"No layer is left to prune with {method!r}: {'; '.join(f'{k}: {why}' for k, why in scores.skipped.items()) or 'the network has no parameters'}.")
     return scores

@@ -61,7 +61,11 @@ class Cut:
 
     @staticmethod
     def of(group:Group, removed, predicted=0.) -> "Cut":
-        return Cut(group.units, sorted(int(i) for i in removed), {n: {str(d): packed(at) for d, at in dims.items()} for n, dims in group.members.items()}, predicted=float(predicted))
+        removed = removed.tolist() if hasattr(removed, "tolist") else removed
+        if not isinstance(removed, (list, tuple, range, set)): raise UserError(f"Invalid units of group {group.name!r}: {removed!r}. Valid: a list of the numbers of the units that go, 0 to {group.units - 1}.")
+        removed = [i.item() if hasattr(i, "item") else i for i in removed]
+        if not all(type(i) is int for i in removed): raise UserError(f"Invalid units of group {group.name!r}: {str(removed):.60}. Valid: whole numbers from 0 to {group.units - 1}, those of the units that go; of a mask, the numbers of its nonzero places.")
+        return Cut(group.units, sorted(removed), {n: {str(d): packed(at) for d, at in dims.items()} for n, dims in group.members.items()}, predicted=float(predicted))
 
     def check(self, name):
         "Raise a `UserError` that says what is wrong with it."

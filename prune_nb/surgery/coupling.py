@@ -119,11 +119,12 @@ KINDS = ("meta", "fake", "real")   # of tensors: quickest first; each runs some 
 
 def run(model, inputs, heads="whole") -> tuple[Trace, object, str]:
     "`watched` on the first kind of tensors that the network runs on."
+    if not isinstance(model, nn.Module): raise UserError(f"Invalid model: {model!r:.80}. Pass a network, an instance of torch.nn.Module.")
     if isinstance(model, torch.jit.ScriptModule): raise UserError("A TorchScript module runs code that cannot be watched. Pass the module that it was made from.")
     for kind in KINDS:
         try: return *watched(model, to_device(inputs, device_of(model)), kind, heads=heads), kind
         except Exception as e: error = e
-    raise UserError(f"{type(model).__name__} does not run on these example inputs: {type(error).__name__}: {str(error)[:300]}. Pass inputs that it takes: a tensor, a tuple of positional or a dict of keyword arguments.") from error
+    raise UserError(f"{type(model).__name__} does not run on these example inputs: {type(error).__name__}: {' '.join(str(error).split())[:200]}. Pass inputs that it takes: a tensor, a tuple of positional or a dict of keyword arguments.") from error
 
 # %% ../../nbs/surgery/coupling.ipynb #edce0081
 def trace(model:nn.Module,
@@ -231,7 +232,7 @@ def _fault(coupling, found, model, inputs, removed, kind) -> str:
         left = {d: np.delete(ids[name, d], gone.get(name, {}).get(d, [])) for d in range(t.dim()) if (name, d) in ids}
         return [Factor((d,), l, silenced) for d, l in left.items() if len(l) > 1]
     try: trace = watched(cut(model, gone, without_values if kind == "meta" else gathered), inputs, kind, leaf, found.heads)[0]
-    except Exception as e: return f"the network's code fails when it is cut: {type(e).__name__}: {str(e)[:120]}"
+    except Exception as e: return f"the network's code fails when it is cut: {type(e).__name__}: {' '.join(str(e).split())[:120]}"
     settle_slices(trace)
     if kind != "real" and (why := _otherwise(found, trace, gone)): return why
     for g, module in trace.grouped: g.by_places(trace.labels) if f"{module}:groups" not in found.leaves else g.by_groups(trace.labels)
@@ -275,7 +276,7 @@ class Coupling:
     def plan(self, removed:dict, # group name -> numbers of the units that go
              method="by hand", **settings) -> Plan:
         "A plan that removes these units. Raises `UserError` for a group that is not there, a unit that is not, or when nothing of a group would stay."
-        cuts = {n: Cut.of(self[n], units) for n, units in removed.items() if len(units)}
+        cuts = {n: c for n, units in removed.items() if (c := Cut.of(self[n], units)).removed}
         for n, c in cuts.items(): c.check(n)
         return Plan(method, self.model, settings=settings, cuts=cuts)
 
