@@ -63,7 +63,7 @@ def nearest_first(members:dict) -> dict:
     reads = {}
     for g, ms in members.items():
         for m in ms:
-            alone = m.side == "outputs" and m.weight.dim() > 2 and m.weight.shape[1] == 1 < m.weight.shape[0]   # depthwise: what it reads is its own group
+            alone = m.side == "outputs" and getattr(m.module, "groups", 1) == len(m.weight)   # depthwise: what it reads is its own group
             if m.side == "inputs" or alone: reads.setdefault(m.name, []).append(g)
     depth = dict.fromkeys(members, float("inf"))
     far = lambda m: min((depth[g] for g in reads[m.name]), default=0) if m.name in reads else 0
