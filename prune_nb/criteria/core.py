@@ -72,11 +72,6 @@ class Scores:
 
     @property
     def bases(self) -> dict: return {k: (l.out_basis, l.in_basis) for k, l in self.layers.items()}
-    def removed_at(self, threshold:float) -> dict:
-        "Group -> numbers of the units that go at a threshold of the method's own. Raises `UserError` for a method that has none."
-        rule = getattr(find_method(self.method), "removed_at", None)
-        if rule is None: raise UserError(f"The method {self.method!r} has no threshold of its own. Valid: {', '.join(m for m, c in METHODS.items() if hasattr(c, 'removed_at'))}; or give a ratio.")
-        return {k: units for k, g in self.groups.items() if (units := rule(g, threshold))}
 
 # %% ../../nbs/criteria/core.ipynb #2544b7b9
 TENSORS = ("saliency", "out_basis", "in_basis", "out_values", "in_values", "kernel")

@@ -89,7 +89,8 @@ class RedundancyGraph:
     def worth(self, mean, member): return torch.from_numpy(graded(*(t.numpy() for t in self.details(mean, member).values()))).to(mean)
 
     @staticmethod
-    def removed_at(scores, threshold:float) -> list:
-        "Numbers of the units of a group that go at one threshold: the published decomposition."
+    def removed_at(scores, threshold:float) -> dict:
+        "Group -> numbers of the units that go at a threshold, in the order in which they do: the published decomposition. `allocate(scores, threshold=...)` makes a plan of it."
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1: raise UserError(f"Invalid threshold {threshold!r}. Valid: a number from 0 to 1, the share of bits in which two hashes agree.")
-        return sorted(decomposed(*(scores.details[k].numpy() for k in ("similarity", "norm")), threshold).tolist())
+        gone = {k: decomposed(*(g.details[name].numpy() for name in ("similarity", "norm")), threshold).tolist() for k, g in scores.groups.items()}
+        return {k: units for k, units in gone.items() if units}
