@@ -43,7 +43,7 @@ class Ends(TorchFunctionMode):
 @dataclass
 class Passing:
     "What passes one end of a layer in a batch."
-    values: torch.Tensor   # examples x channels x places...
+    values: torch.Tensor   # examples x channels x places..., one place where there are none
     at: torch.Tensor       # units x channels of each
     member: Member
 
@@ -51,7 +51,7 @@ class Passing:
     def of(t, axis:int, member:Member) -> "Passing":
         "Of a tensor with or without a dimension of examples. A grouped convolution's places in a group are its places in every group."
         t = (t.unsqueeze(0) if t.dim() == -axis else t).movedim(axis, 1)
-        size = member.weight.shape[member.dim]
+        t, size = t.unsqueeze(2) if t.dim() == 2 else t, member.weight.shape[member.dim]
         groups = torch.arange(t.shape[1] // size, device=t.device)
         return Passing(t, (member.at.to(t.device)[:, :, None] + size * groups).flatten(1), member)
 

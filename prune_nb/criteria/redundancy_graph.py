@@ -24,7 +24,7 @@ def hashes(maps:torch.Tensor # examples x channels x places...
            ) -> torch.Tensor:
     """Examples x channels x bits. A map's bits: which of its 8 lowest frequencies along each axis are at least as large as their mean. Maps may have any number of axes, as images and sequences have, and less than 8 places;
     what has one place, as of a linear layer, has one bit: whether it is positive or zero."""
-    if maps[0, 0].numel() < 2: return maps.flatten(2) >= 0 if maps.dim() > 2 else maps[..., None] >= 0
+    if maps[0, 0].numel() < 2: return maps.flatten(2) >= 0
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     for n in maps.shape[2:]: maps = torch.tensordot(maps, dct(n).to(maps), ([2], [1]))
     return maps.flatten(2) >= maps.flatten(2).mean(2, keepdim=True)
