@@ -122,10 +122,14 @@ class Choice:
     "What stays of every group or layer, and what that comes to; `plan()` makes it a `Plan`."
     kept: dict             # group -> units; or layer -> (form, rows or output rank, columns or input rank)
     settings: dict         # all that was asked, and `params`, `macs` of what is left
-    predicted: float       # predicted rise of the loss in nats, NaN where saliencies are no losses
     made: object = field(repr=False)  # a function: -> fields of the plan
+    loss: object = field(repr=False)  # a function: -> predicted rise of the loss
     scores: Scores = field(repr=False)
 
+    @property
+    def predicted(self) -> float:
+        "Predicted rise of the loss in nats, NaN where saliencies are no losses."
+        return self.loss()
     def plan(self) -> Plan: return Plan(self.scores.method, self.scores.model, settings=dict(self.settings), **self.made())
 
 # %% ../nbs/allocate.ipynb #30659300
@@ -225,9 +229,9 @@ class Budget:
         if lines: settings["units_removed"] = int(counts.sum())
         costs = ("params", "macs", *["latency"] * (self.table is not None))
         settings |= {c: space.left(counts, c, of if of != "units" else "params") for c in costs}
-        predicted = sum(self.scores.groups[k].saliency[u].sum().item() for k, u in units.items()) if units is not None else space.predicted(counts)
         made = (lambda: dict(cuts=cuts(self.scores, units))) if units is not None else lambda: space.changes(counts, of)
-        return Choice(space.kept(counts, of), settings, predicted if space.loss else math.nan, made, self.scores)
+        predicted = lambda: math.nan if not space.loss else space.predicted(counts) if units is None else sum(c.predicted for c in made()["cuts"].values())
+        return Choice(space.kept(counts, of), settings, made, predicted, self.scores)
 
 # %% ../nbs/allocate.ipynb #6e91afd0
 def _by_ratio(b:Budget, ratio, of):

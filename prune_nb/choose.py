@@ -20,25 +20,30 @@ def _columns(menus:dict, of, least) -> tuple:
         cost[row, :len(front)], loss[row, :len(front)] = getattr(m, of)[front], getattr(m, least)[front]
     return cost, loss, fronts
 
-# %% ../nbs/choose.ipynb #0f88d071
-def _best(cost, loss, price) -> np.ndarray:
-    "The entry of least loss + price x cost in every row; the cheapest of equals."
-    return (loss + price * np.where(np.isinf(cost), 0, cost)).argmin(1)
+# %% ../nbs/choose.ipynb #ad6335d0
+def _best(cost, loss, starts, price) -> np.ndarray:
+    "The place of least loss + price x cost in every layer, whose entries follow each other from `starts`; the cheapest of equals."
+    value = loss + price * cost
+    least = np.flatnonzero(value == np.repeat(np.minimum.reduceat(value, starts), np.diff(np.r_[starts, len(value)])))
+    return least[np.searchsorted(least, starts)] - starts
 
 # %% ../nbs/choose.ipynb #b0b07177
 def _bisected(cost, loss, budget) -> np.ndarray:
     "The choice at the lowest price at which it is within the budget."
-    spent = lambda chosen: cost[np.arange(len(cost)), chosen].sum()
-    steps = np.diff(np.where(np.isinf(cost), np.nan, cost), axis=1)
+    entries, rows = np.isfinite(cost), np.arange(len(cost))
+    starts, flat = np.r_[0, np.cumsum(entries.sum(1))[:-1]], (cost[entries], loss[entries])
+    spent = lambda chosen: cost[rows, chosen].sum()
+    steps = np.diff(np.where(entries, cost, np.nan), axis=1)
     high = 2 * loss[:, 0].max() / np.nanmin(steps, initial=math.inf) + 1e-300   # no step gains more for its cost
     low = high * 1e-40
-    if spent(chosen := _best(cost, loss, low)) <= budget: return chosen
+    if spent(cheap := _best(*flat, starts, low)) <= budget: return cheap
     chosen = np.zeros(len(cost), int)
     for _ in range(90):
         middle = math.sqrt(low * high)
-        new = _best(cost, loss, middle)
+        new = _best(*flat, starts, middle)
         if spent(new) <= budget: high, chosen = middle, new
-        else: low = middle
+        else: low, cheap = middle, new
+        if (np.abs(chosen - cheap) <= 1).all() and (chosen != cheap).sum() <= 1: break   # nothing is in between
     return chosen
 
 # %% ../nbs/choose.ipynb #5a54f9b8

@@ -120,7 +120,7 @@ class Directions:
         values = [s.numpy() for l in scores.layers.values() for s in (l.rows, l.cols)]
         self.orders = [np.argsort(s, kind="stable") for s in values]
         self.saliency, self.sizes = [s[o].astype(float) for s, o in zip(values, self.orders)], np.array([len(s) for s in values])
-        self.owners, self.tables = [k for k in scores.layers for _ in range(2)], None
+        self.owners, self.tables = [k for k in scores.layers for _ in range(2)], {}
 
     def total(self, of:str): return self.latency.whole if of == "latency" else getattr(self.scores, of)
     def ranks(self, counts) -> tuple:
@@ -145,12 +145,18 @@ class Directions:
 
     def predicted(self, counts) -> float:
         "Predicted rise of the loss; what is in a removed row and a removed column counts once."
-        return float(sum(t[o - 1, i - 1] for t, o, i in zip(self.losses(), *self.ranks(counts))))
+        return float(sum(self.losses(n)[o - 1, i - 1] for n, (o, i) in enumerate(zip(*self.ranks(counts)))))
 
-    def losses(self) -> list:
-        "Of every layer, what is lost at every pair of ranks, C_out x C_in."
-        if self.tables is None: self.tables = [pair_losses(l.saliency[r[::-1].copy()][:, c[::-1].copy()]).numpy() for l, r, c in zip(self.layers.values(), self.orders[::2], self.orders[1::2])]
-        return self.tables
+    def losses(self, n:int) -> np.ndarray:
+        "What is lost at every pair of ranks of layer `n`, C_out x C_in."
+        if n not in self.tables:
+            rows, cols = (order[::-1].copy() for order in self.orders[2 * n:2 * n + 2])
+            self.tables[n] = pair_losses(list(self.layers.values())[n].saliency[rows][:, cols]).numpy()
+        return self.tables[n]
+
+    def of_sides(self, n:int) -> tuple:
+        "What is lost at every number of rows of layer `n`, and of columns, when the other side is whole."
+        return tuple(np.r_[0, np.cumsum(s)][len(s) - 1::-1] for s in self.saliency[2 * n:2 * n + 2])
 
     def kept(self, counts, of:str) -> dict:
         "Layer name -> (form, rows kept, columns kept)."
@@ -159,7 +165,9 @@ class Directions:
     def changes(self, counts, of:str) -> dict: return dict(layers=factorizations(self, self.kept(counts, of)), bases=self.scores.bases)
 
 # %% ../nbs/removable.ipynb #201f356e
-def factorizations(sides:Directions, kept:dict # layer name -> (form, rows kept, columns kept)
+def factorizations(sides:Directions,
+                   kept:dict,         # layer name -> (form, rows kept, columns kept)
+                   predicted:dict={}, # layer name -> predicted loss, where it is known
                    ) -> dict:
     "Layer name -> `Factorization` of each that is not dense: the most salient rows and columns, in the order of the basis."
     out = {}
@@ -167,7 +175,7 @@ def factorizations(sides:Directions, kept:dict # layer name -> (form, rows kept,
         form, *ranks = kept[k]
         if form == "dense": continue
         rows, cols = (np.sort(sides.orders[2 * n + side][sides.sizes[2 * n + side] - r:]).tolist() for side, r in enumerate(ranks))
-        out[k] = Factorization(rows, cols, form, l.weight, l.predicted(rows, cols))
+        out[k] = Factorization(rows, cols, form, l.weight, predicted[k] if k in predicted else l.predicted(rows, cols))
     return out
 
 # %% ../nbs/removable.ipynb #18d49e09
@@ -186,7 +194,7 @@ class Menus:
         self.names = self.touched = {k: [k] for k in scores.layers}
         self.fitted = {k: of_scores(l) for k, l in scores.layers.items() if l.kernel is not None}
         self.sides = None if self.fitted else Directions(scores)
-        self.losses = {k: w.losses for k, w in self.fitted.items()} if self.fitted else dict(zip(scores.layers, self.sides.losses()))
+        self.losses = {k: w.losses for k, w in self.fitted.items()} if self.fitted else {k: self.sides.of_sides(n) if l.shape.taps == 1 else self.sides.losses(n) for n, (k, l) in enumerate(scores.layers.items())}
 
     def menu(self, name:str, of:str) -> Menu:
         "The Pareto front of a layer for a cost, with a column `latency` where milliseconds are known."
@@ -216,7 +224,7 @@ class Menus:
     def predicted(self, entries:dict) -> float: return sum(e.predicted for e in entries.values())
     def changes(self, entries:dict, of) -> dict:
         "What every layer becomes whose entry is not dense."
-        if not self.fitted: return dict(layers=factorizations(self.sides, {k: self.selected(k, e) for k, e in entries.items()}), bases=self.scores.bases)
+        if not self.fitted: return dict(layers=factorizations(self.sides, {k: self.selected(k, e) for k, e in entries.items()}, {k: e.predicted for k, e in entries.items()}), bases=self.scores.bases)
         made = {k: self.fitted[k].replacement(e) for k, e in entries.items() if e.form != "dense"}
         layers = {k: Replacement(entries[k].form, [entries[k].r_out, entries[k].r_in], self.scores.layers[k].weight, loss) for k, (_, loss) in made.items()}
         return dict(layers=layers, bases={k: f for k, (f, _) in made.items()})
@@ -224,5 +232,5 @@ class Menus:
     def selected(self, name:str, e:Entry) -> tuple:
         "An entry as (form, rows kept, columns kept); of low rank, rows or columns, whichever lose less."
         if e.form != "low_rank": return e.form, e.r_out, e.r_in
-        loss, shape = self.losses[name], self.shapes[name]
-        return ("in", shape.c_out, e.r_in) if loss[-1, e.r_in - 1] <= loss[e.r_out - 1, -1] else ("out", e.r_out, shape.c_in)
+        (by_rows, by_cols), shape = self.losses[name], self.shapes[name]
+        return ("in", shape.c_out, e.r_in) if by_cols[e.r_in - 1] <= by_rows[e.r_out - 1] else ("out", e.r_out, shape.c_in)
