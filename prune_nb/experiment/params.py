@@ -17,7 +17,7 @@ from ..core import UserError, one_of
 from ..criteria import eigendamage, geometric_median, magnitude, taylor
 from ..criteria.core import METHODS, NORMALIZATIONS, REDUCTIONS, find_method, method_ids
 from ..curvature.fisher import FISHERS
-from ..data import DATASETS
+from ..data import DATASETS, dataset_info
 from ..models import create_model
 from ..runs import params_hash, project_root
 from ..train import SCHEDULES
@@ -74,10 +74,16 @@ def given(cls, namespace:dict) -> dict:
 RECIPES = {
     "pretrain": {"digits":   dict(epochs=40, lr=.1, lr_schedule="one_cycle", weight_decay=5e-3, batch_size=64),
                  "cifar10":  dict(epochs=30, lr=.2, lr_schedule="one_cycle", weight_decay=5e-4, batch_size=128),
-                 "cifar100": dict(epochs=60, lr=.1, lr_schedule="one_cycle", weight_decay=5e-4, batch_size=128)},
+                 "cifar100": dict(epochs=60, lr=.1, lr_schedule="one_cycle", weight_decay=5e-4, batch_size=128),
+                 "tiny_imagenet": dict(epochs=60, lr=.1, lr_schedule="one_cycle", weight_decay=5e-4, batch_size=128),
+                 "imagenet": dict(epochs=90, lr=.1, lr_schedule="one_cycle", weight_decay=1e-4, batch_size=256),
+                 "fake":     dict(epochs=1, lr=.01, lr_schedule="one_cycle", weight_decay=5e-4, batch_size=32)},
     "prune":    {"digits":   dict(epochs=30, lr=.02, lr_schedule="one_cycle", batch_size=64, samples=1257),
                  "cifar10":  dict(epochs=15, lr=.02, lr_schedule="one_cycle", batch_size=128, samples=4096),
-                 "cifar100": dict(epochs=30, lr=.02, lr_schedule="one_cycle", batch_size=128, samples=4096)}}
+                 "cifar100": dict(epochs=30, lr=.02, lr_schedule="one_cycle", batch_size=128, samples=4096),
+                 "tiny_imagenet": dict(epochs=30, lr=.02, lr_schedule="one_cycle", batch_size=128, samples=4096),
+                 "imagenet": dict(epochs=25, lr=.01, lr_schedule="one_cycle", batch_size=256, samples=4096),
+                 "fake":     dict(epochs=1, lr=.01, lr_schedule="one_cycle", batch_size=32, samples=64)}}
 
 # %% ../../nbs/experiment/params.ipynb #436522a7
 def torch_device(name:str) -> torch.device:
@@ -105,14 +111,14 @@ class Places:
         "Check everything that can be checked before work begins."
         for f in fields(self): setattr(self, f.name, checked(f, getattr(self, f.name)))
         torch_device(self.device)
-        info = DATASETS[self.dataset]
+        info = dataset_info(self.dataset)
         with torch.device("meta"), _Shapes(): create_model(self.model, info.classes, info.channels, info.image_size)
         return self
 
     def identity(self) -> dict: return {k: v for k, v in dataclasses.asdict(self).items() if k not in self.elsewhere}
     def complete(self, recipe:dict):
         "Set what is None from the recipe."
-        for k, v in recipe[self.dataset].items():
+        for k, v in recipe[dataset_info(self.dataset).name].items():
             if getattr(self, k) is None: setattr(self, k, v)
         return self
 
@@ -126,7 +132,7 @@ RUN_NAME = (lambda v: re.fullmatch(r"|[A-Za-z0-9][A-Za-z0-9._-]*", v) and v != "
 @dataclass
 class PretrainParams(Places):
     "What a baseline is trained with. None stands for the recipe of the data set."
-    dataset: str = param("digits", f"data set: {' | '.join(DATASETS)}", DATASETS)
+    dataset: str = param("digits", f"data set: {' | '.join(DATASETS)}, or fake-CxHxW-K for K classes of fake images")
     model: str = param("resnet20", "network: one of prune_nb.models, with a width as in resnet32x4, or any torchvision classification name")
     epochs: int = param(None, "epochs of training; None: the data set's recipe", positive())
     train_size: int = param(None, "number of training images; None: all", positive())
@@ -158,7 +164,7 @@ class PruneParams(Places):
     method: str = param("eigendamage", f"how saliency is measured: {' | '.join(METHODS)}, or a number of the Taylor code", METHODS, method_ids)
     ratio: float = param(.75, "fraction to remove, in [0, 1)", (lambda v: 0 <= v < 1, "a number in [0, 1), the fraction that is removed"))
     of: str = param("params", f"what the ratio is of: {' | '.join(OF)}", OF)
-    dataset: str = param("digits", f"data set: {' | '.join(DATASETS)}", DATASETS)
+    dataset: str = param("digits", f"data set: {' | '.join(DATASETS)}, or fake-CxHxW-K for K classes of fake images")
     model: str = param("resnet20", "network: one of prune_nb.models, with a width as in resnet32x4, or any torchvision classification name")
     checkpoint: str = param("", "trained weights: a run folder or a .safetensors file; empty: shipped, trained before, or trained now")
     schedule: str = param("one_shot", "pruning schedule: one_shot", ("one_shot",))
