@@ -276,8 +276,9 @@ def _unpickled(path:Path):
     "What PyTorch wrote to `path`, as far as it is tensors, numbers, texts, lists and dicts."
     if not path.is_file(): raise UserError(f"No file {str(path)!r}. Give the path of a file of weights that exists.")
     try: return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError: raise UserError(f"{str(path)!r} holds more than weights, a whole model perhaps, and is not loaded: it could run any code. Save model.state_dict() alone.") from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as e: raise UserError(f"{str(path)!r} is no file that torch.save wrote, or it is cut off ({str(e).splitlines()[0]}).") from None
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as e:
+        if "Unsupported global" in str(e): raise UserError(f"{str(path)!r} holds more than weights, a whole model perhaps, and is not loaded: it could run any code. Save model.state_dict() alone.") from None
+        raise UserError(f"{str(path)!r} is no file that torch.save wrote, or it is cut off.") from None
 
 # %% ../nbs/models.ipynb #3bf60efd
 def read_weights(path) -> dict:
