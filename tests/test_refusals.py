@@ -49,8 +49,8 @@ def test_refused_through_papermill(refusals, name):
 
 @pytest.mark.parametrize("parameters, sentence", [
     (dict(of="latency"), "Invalid of 'latency'. Valid: units, params, macs."),
-    (dict(schedule="gradual"), "Invalid schedule 'gradual'. Valid: one_shot."),
-    (dict(rounds=3), "Invalid rounds 3. Valid: 1."),
+    (dict(schedule="gradually"), "Invalid schedule 'gradually'. Did you mean 'gradual'? Valid: one_shot, iterative, "),
+    (dict(rounds=3), "rounds is for the schedule iterative; this one is 'one_shot'."),
     (dict(preset="eigendamage-vgg16-cifar10"), "Did you mean 'eigendamage-vgg19-cifar10'? Valid: "),
     (dict(fisher="true"), "Invalid fisher 'true'. Valid: mc, exact, empirical."),
     (dict(lr_schedule="steps"), "Did you mean 'step'? Valid: step, one_cycle, cosine."),
