@@ -135,6 +135,13 @@ class Costs:
         others = np.stack([np.delete(sizes, d, 1).prod(1) for d in range(sizes.shape[1])], 1) * getattr(self, of)[:, None]
         return np.bincount(group, fall * others.ravel()[size], len(self.groups))
 
+    def only(self, groups) -> "Costs":
+        "For these groups, in their order; the others stay whole."
+        number = np.full(len(self.groups), -1)
+        number[[self.groups.index(g) for g in groups]] = np.arange(len(groups))
+        size, group, fall = self.slopes
+        return Costs(list(groups), self.sizes, np.stack([size, number[group], fall])[:, number[group] >= 0], self.params, self.macs)
+
 # %% ../nbs/costs.ipynb #90174870
 def _own(model, coupling) -> tuple:
     "Name -> number of a parameter's first size, all its sizes in a row, what falls with what."
