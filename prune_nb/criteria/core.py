@@ -259,7 +259,7 @@ def group_scores(subject:Subject,
     groups = {g.name: GroupScores(g, normalized(values[g.name].double(), normalization).cpu(), details.get(g.name, {})) for g in subject.coupling.groups if g.name in values}
     bad = [n for n, g in groups.items() if not g.saliency.isfinite().all()]
     if bad: raise UserError(f"{criterion.name!r} gives values that are not finite for {', '.join(bad[:5])}. Check the weights and the data for values that are not finite.")
-    skipped = {f"{r.parameter}[{r.dimension}]": r.reason for r in subject.coupling.frozen.itertuples()} | {g.name: f"nothing that {criterion.name} looks at" for g in subject.coupling.groups if g.name not in values}
+    skipped = {f"{r.parameter}[{r.dimension}]": r.reason for r in subject.coupling.frozen.itertuples()} | {g.name: f"nothing that {criterion.name} looks at" + (f": {criterion.looks_at}" if hasattr(criterion, "looks_at") else "") for g in subject.coupling.groups if g.name not in values}
     found, none = subject.costs.only(groups), [0] * len(groups)
     settings = dict(measures=criterion.measures, reduction=reduction_of(criterion, subject), normalization=normalization)
     return Scores(criterion.name, {}, signature(subject.model), found.count(none), found.count(none, "macs"), examples, loss, skipped, groups, found, settings)
