@@ -106,7 +106,7 @@ def scores_of(experiment, model, path) -> Scores:
         if scores.layers and model is not experiment.model: scores = scores_within(model, scores)
     path.parent.mkdir(exist_ok=True, parents=True)
     save_scores(scores, path)
-    return scores
+    return load_scores(path)   # other strides round otherwise
 
 # %% ../../nbs/experiment/pruning.ipynb #3e4c125b
 def planned(p:PruneParams, scores, ratio=None, of=None) -> Plan:
