@@ -129,7 +129,7 @@ class PretrainParams(Places):
     "What a baseline is trained with. None stands for the recipe of the data set."
     dataset: str = param("digits", f"data set: {' | '.join(DATASETS)}", DATASETS)
     model: str = param("resnet20", "network: one of prune_nb.models, with a width as in resnet32x4, or any torchvision classification name")
-    epochs: int = param(None, "epochs of training; None: the data set's recipe", positive())
+    epochs: int = param(None, "epochs of training, 0 for the initial weights; None: the data set's recipe", (lambda v: v >= 0, "0 or more"))
     train_size: int = param(None, "number of training images; None: all", positive())
     lr: float = param(None, "largest learning rate; None: the recipe's", positive("a number above 0"))
     lr_schedule: str = param(None, f"learning-rate schedule: {' | '.join(SCHEDULES)}; None: the recipe's", SCHEDULES)
@@ -172,7 +172,7 @@ class Baseline(Places):
     dataset: str = param("digits", f"data set: {' | '.join(DATASETS)}", DATASETS)
     model: str = param("resnet20", "network: one of prune_nb.models, with a width as in resnet32x4, or any torchvision classification name")
     checkpoint: str = param("", "trained weights: a run folder or a .safetensors file; empty: shipped, trained before, or trained now")
-    pretrain_epochs: int = param(None, "epochs of the baseline's training; None: the data set's recipe", positive())
+    pretrain_epochs: int = param(None, "epochs of the baseline's training, 0 to begin from initial weights; None: the data set's recipe", (lambda v: v >= 0, "0 or more"))
     train_size: int = param(None, "number of training images; None: all", positive())
     batch_size: int = param(None, "images in a batch; None: the recipe's", positive())
 
