@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LATENCY_BATCH', 'baseline_folder', 'given_checkpoint', 'Experiment', 'scores_of', 'planned', 'train', 'log_round',
-           'targets', 'size', 'present_ratio', 'round_folder', 'after_round', 'surgery', 'regrowth', 'prune_in_rounds',
-           'prune_while_training', 'pruner_options', 'reinitialised', 'started', 'time_both', 'outcome', 'stages_table']
+           'targets', 'size', 'present_ratio', 'round_folder', 'after_round', 'surgery', 'regrowth', 'saved',
+           'prune_in_rounds', 'prune_while_training', 'pruner_options', 'reinitialised', 'started', 'time_both',
+           'outcome', 'stages_table', 'rounds_table']
 
 # %% ../../nbs/experiment/pruning.ipynb #ece0d37c
 import copy, json, math
@@ -106,7 +107,7 @@ def scores_of(experiment, model, path) -> Scores:
         if scores.layers and model is not experiment.model: scores = scores_within(model, scores)
     path.parent.mkdir(exist_ok=True, parents=True)
     save_scores(scores, path)
-    return scores
+    return load_scores(path)   # other strides round otherwise
 
 # %% ../../nbs/experiment/pruning.ipynb #3e4c125b
 def planned(p:PruneParams, scores, ratio=None, of=None) -> Plan:
@@ -125,13 +126,14 @@ def train(experiment, model, number:int, # of the segment of training, from 1
             on_epoch=lambda history: log(run, "finetune", **history[-1], **note), label="finetune", ema=p.ema, first=first, whole=p.epochs if p.prune_epochs else None,
             loss=training_loss(experiment.model, p.distill, p.temperature, p.label_smoothing), **options)
 
-# %% ../../nbs/experiment/pruning.ipynb #37fbf10f
+# %% ../../nbs/experiment/pruning.ipynb #ae71e818
 def log_round(experiment, number:int, what:str, model):
-    "What a surgery or the training after it has come to, on the test split, in `metrics.jsonl`; in the place of what an interrupted run had logged of it and of later ones."
-    order, rows = ("pruned", "regrown", "trained"), read_metrics(experiment.run.folder)
-    later = lambda r: r["phase"] == "round" and (r["round"], order.index(r["what"])) >= (number, order.index(what))
-    if any(map(later, rows)): write_atomic(experiment.run.path("metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in rows if not later(r)))
-    log(experiment.run, "round", round=number, what=what, **experiment.measured(model))
+    "What a surgery (`pruned`, `regrown`) or the training after it (`trained`) has come to, on the test split, in `metrics.jsonl`: one line, also when it is done again after an interruption."
+    row, rows = dict(round=number, what=what, **experiment.measured(model)), read_metrics(experiment.run.folder)
+    same = [i for i, r in enumerate(rows) if (r["phase"], r.get("round"), r.get("what")) == ("round", number, what)]
+    if not same: return log(experiment.run, "round", **row)
+    rows[same[0]] |= row
+    write_atomic(experiment.run.path("metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
 
 # %% ../../nbs/experiment/pruning.ipynb #ef787ed0
 def targets(p:PruneParams) -> list:
@@ -189,6 +191,13 @@ def regrowth(experiment, number:int) -> nn.Module:
     wide.prune_plan = plan_of_all(total, plan, experiment.model).as_dict()
     return wide
 
+# %% ../../nbs/experiment/pruning.ipynb #ce26e05d
+def saved(experiment, model, folder):
+    "Keep the network of a round. A run that has one is not discarded when what was asked for turns out to be impossible later."
+    save(model, folder)
+    (folder / "training.safetensors").unlink()
+    experiment.run.new = False
+
 # %% ../../nbs/experiment/pruning.ipynb #88bf0aeb
 def prune_in_rounds(experiment) -> tuple:
     "(The network before the last surgery, its scores, its result). Rounds that are done are read."
@@ -204,8 +213,7 @@ def prune_in_rounds(experiment) -> tuple:
         folder.mkdir(parents=True, exist_ok=True)
         train(experiment, model, number, folder / "training.safetensors")
         log_round(experiment, number, "trained", model)
-        save(model, folder)
-        (folder / "training.safetensors").unlink()
+        saved(experiment, model, folder)
 
 # %% ../../nbs/experiment/pruning.ipynb #b4ee21d4
 def prune_while_training(experiment) -> tuple:
@@ -219,8 +227,7 @@ def prune_while_training(experiment) -> tuple:
         train(experiment, model, 1, folder / "training.safetensors", pruner=pruner)
         save_scores(pruner.result()[0], scores); save_plan(pruner.plan, plan)
         model.prune_plan = Plan(p.method, signature(model)).as_dict()
-        save(model, folder)
-        (folder / "training.safetensors").unlink()
+        saved(experiment, model, folder)
     before, _ = after_round(experiment, 1)
     found = load_scores(scores), load_plan(plan)
     experiment.plan = found[1]
@@ -278,3 +285,9 @@ def stages_table(stages:dict) -> pd.DataFrame:
     for c in ("params", "macs", "latency_ms"): df[f"{c} left"] = (100 * df[c] / df.loc["baseline", c]).map("{:.1f} %".format)
     df[["params", "macs"]] = df[["params", "macs"]].astype(int)
     return df
+
+# %% ../../nbs/experiment/pruning.ipynb #6da377df
+def rounds_table(folder) -> pd.DataFrame|None:
+    "A row per surgery before the last training, and per training between two of them, from a run's `metrics.jsonl`. None for one-shot pruning."
+    rows = [{k: v for k, v in r.items() if k != "phase"} for r in read_metrics(folder) if r["phase"] == "round"]
+    return pd.DataFrame(rows).set_index(["round", "what"]) if rows else None
