@@ -98,7 +98,7 @@ class WeightAverage:
 # %% ../nbs/train.ipynb #c78d939c
 class Pruner:
     "Does nothing; schedules override what they need."
-    def start(self, model:nn.Module, steps:int, saved:dict=None): "Training of so many steps begins, or goes on from what `state` gave, when the model has its weights."
+    def start(self, model:nn.Module, epochs:int, batches:int, saved:dict=None): "Training of so many epochs begins, or goes on from what `state` gave; the model has its weights."
     def before_step(self, loss:float): "The gradients of a batch are there."
     def after_step(self, optimizer): "The weights have changed."
     def after_epoch(self) -> dict: return {}   # for the history
@@ -170,7 +170,7 @@ def fit(model:nn.Module, # trained in place
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay)
     average = WeightAverage(model, ema) if ema else None
     history, saved = _load_state(state, model, optimizer, average) if state and Path(state).exists() else ([], None)
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if device.type == "cuda" else []), _pruning(pruner, model, epochs * len(train), saved):
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if device.type == "cuda" else []), _pruning(pruner, model, epochs, len(train), saved):
         for epoch in (bar := Progress(range(len(history), epochs), label)):
             torch.manual_seed(derived_seed(seed, label, first + epoch))
             if hasattr(train, "epoch"): train.epoch = first + epoch
@@ -187,9 +187,10 @@ def fit(model:nn.Module, # trained in place
 
 # %% ../nbs/train.ipynb #e60e46b5
 @contextlib.contextmanager
-def _pruning(pruner, model, steps, saved):
-    pruner.start(model, steps, saved)
-    try: yield
+def _pruning(pruner, *training):
+    try:
+        pruner.start(*training)
+        yield
     finally: pruner.stop()
 
 # %% ../nbs/train.ipynb #e6a24545

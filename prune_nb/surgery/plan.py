@@ -159,7 +159,7 @@ def composed(first:Plan, second:Plan, model:nn.Module) -> Plan:
     removed, own = _fitting(first, model), tensors_of(model)
     def place(name, d, at):
         gone = removed.get(name, {}).get(d)
-        return at if gone is None else np.delete(np.arange(at.max() + 1 + len(gone)), gone)[at]
+        return at if gone is None else np.delete(np.arange(max(at.max() + len(gone), gone.max()) + 1), gone)[at]
     cuts = dict(first.cuts)
     for n, c in second.cuts.items():
         group = c.group(n)
