@@ -1,5 +1,5 @@
 "Every preset that the parameters know goes the whole way on a few fake images, with all that its family has in common with no other; what is not known is named."
-import dataclasses, itertools
+import dataclasses, functools
 import pytest
 from conftest import guard
 from prune_nb.core import UserError
@@ -8,6 +8,7 @@ from prune_nb.data import dataset_info
 from prune_nb.experiment.params import PruneParams
 from prune_nb.experiment.presets import PRESETS, from_preset
 from prune_nb.experiment import pruning
+from prune_nb.models import create_model
 from prune_nb.profile import latencies_ms
 
 KEYS = {f.name for f in dataclasses.fields(PruneParams)}
@@ -31,7 +32,8 @@ def test_what_is_lacking_is_named():
         assert name in str(e.value) and any(repr(word) in str(e.value) for word in lacking(UNIQUE[name])), e.value
 
 
-def test_every_known_preset_is_accepted():
+def test_every_known_preset_is_accepted(monkeypatch):
+    monkeypatch.setattr("prune_nb.experiment.params.create_model", functools.cache(create_model))   # of the same name, for its shapes
     for name, preset in KNOWN.items():
         params = from_preset(PruneParams, name, dict(preset=name))
         for k, v in preset.parameters.items(): assert getattr(params, k) == v, (name, k)
