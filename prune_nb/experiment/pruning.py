@@ -125,13 +125,14 @@ def train(experiment, model, number:int, # of the segment of training, from 1
             on_epoch=lambda history: log(run, "finetune", **history[-1], **note), label="finetune", ema=p.ema, first=first, whole=p.epochs if p.prune_epochs else None,
             loss=training_loss(experiment.model, p.distill, p.temperature, p.label_smoothing), **options)
 
-# %% ../../nbs/experiment/pruning.ipynb #37fbf10f
+# %% ../../nbs/experiment/pruning.ipynb #ae71e818
 def log_round(experiment, number:int, what:str, model):
-    "What a surgery or the training after it has come to, on the test split, in `metrics.jsonl`; in the place of what an interrupted run had logged of it and of later ones."
-    order, rows = ("pruned", "regrown", "trained"), read_metrics(experiment.run.folder)
-    later = lambda r: r["phase"] == "round" and (r["round"], order.index(r["what"])) >= (number, order.index(what))
-    if any(map(later, rows)): write_atomic(experiment.run.path("metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in rows if not later(r)))
-    log(experiment.run, "round", round=number, what=what, **experiment.measured(model))
+    "What a surgery (`pruned`, `regrown`) or the training after it (`trained`) has come to, on the test split, in `metrics.jsonl`: one line, also when it is done again after an interruption."
+    row, rows = dict(round=number, what=what, **experiment.measured(model)), read_metrics(experiment.run.folder)
+    same = [i for i, r in enumerate(rows) if (r["phase"], r.get("round"), r.get("what")) == ("round", number, what)]
+    if not same: return log(experiment.run, "round", **row)
+    rows[same[0]] |= row
+    write_atomic(experiment.run.path("metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
 
 # %% ../../nbs/experiment/pruning.ipynb #ef787ed0
 def targets(p:PruneParams) -> list:
