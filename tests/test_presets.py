@@ -3,7 +3,7 @@ import dataclasses, functools
 import pytest
 from conftest import guard
 from prune_nb.core import UserError
-from prune_nb.criteria.core import METHODS
+from prune_nb.criteria.core import METHODS, find_method
 from prune_nb.data import dataset_info
 from prune_nb.experiment.params import PruneParams
 from prune_nb.experiment.presets import PRESETS, from_preset
@@ -47,19 +47,22 @@ def test_through_the_notebook():
     with pytest.raises(UserError, match="Did you mean"): guard(preset="eigendamage-vgg19-cifar1000")
 
 
-# What presets differ in: one of each kind is run, the one that removes least, since networks are narrow here. Depths of one architecture are alike, but for the deepest of all.
+# What presets differ in. One of each kind is run, the one that removes least, since networks are small here: narrower VGGs and DenseNets, another depth where the ResNet is of the same blocks. On ImageNet's networks, methods
+# that need the same statistics are alike; each of them runs on another network.
 ALIKE = dict(resnet32="resnet20", resnet110="resnet56", resnet34="resnet18", resnet101="resnet50")
+SMALLER = dict(vgg16="vgg16x0.125", vgg19="vgg19x0.125", resnet32x4="resnet8", resnet110="resnet110x0.5", densenet40="densenet40x0.5")
+SIDES = dict(imagenet=32)   # pixels
 DEEPEST = "taylor-gate-resnet101-gates-75"
-WIDTHS = dict(vgg16="vgg16x0.125", vgg19="vgg19x0.125", resnet32x4="resnet32x0.5", resnet110="resnet110x0.5", densenet40="densenet40x0.5")
-SIDES = dict(imagenet=32)   # pixels, of data sets that are made smaller
 
-def kind(p): return (dataset_info(p["dataset"]).image_size, ALIKE.get(p["model"], p["model"]), *(p.get(k) for k in ("method", "schedule", "of", "how", "regrow", "round_ratios", "lr_decay")))
+def kind(p):
+    method = find_method(p["method"]).needs if p["dataset"] == "imagenet" else p["method"]
+    return (dataset_info(p["dataset"]).image_size, ALIKE.get(p["model"], p["model"]), method, "round_ratios" in p, *(p.get(k) for k in ("schedule", "of", "how", "regrow", "lr_decay")))
 
 def small(p) -> dict:
-    "What makes a preset quick: a narrow network, sixteen images of its shape and classes, two steps."
+    "What makes a preset quick: a small network, sixteen images of its shape and classes, two steps."
     info = dataset_info(p["dataset"])
     side = SIDES.get(info.name, info.image_size)
-    quick = dict(dataset=f"fake-{info.channels}x{side}x{side}-{info.classes}", model=WIDTHS.get(p["model"], p["model"]), train_size=16, batch_size=8, samples=8, pretrain_epochs=0, epochs=1, device="cpu")
+    quick = dict(dataset=f"fake-{info.channels}x{side}x{side}-{info.classes}", model=SMALLER.get(p["model"], p["model"]), train_size=16, batch_size=8, samples=8, pretrain_epochs=0, epochs=1, device="cpu")
     if p["schedule"] == "iterative": quick |= dict(rounds=2, epochs=3 if p.get("regrow") else 2)
     if p.get("round_ratios"): quick |= dict(rounds=None, round_ratios=" ".join(p["round_ratios"].split()[:2]))
     if p["schedule"] == "gradual": quick |= dict(prune_every=1, prune_units=None, prune_epochs=1, epochs=2)
