@@ -65,7 +65,7 @@ def small(p) -> dict:
     quick = dict(dataset=f"fake-{info.channels}x{side}x{side}-{info.classes}", model=SMALLER.get(p["model"], p["model"]), train_size=16, batch_size=8, samples=8, pretrain_epochs=0, epochs=1, device="cpu")
     if p["schedule"] == "iterative": quick |= dict(rounds=2, epochs=3 if p.get("regrow") else 2)
     if p.get("round_ratios"): quick |= dict(rounds=None, round_ratios=" ".join(p["round_ratios"].split()[:2]))
-    if p["schedule"] == "gradual": quick |= dict(prune_every=1, prune_units=None, prune_epochs=1, epochs=2)
+    if p["schedule"] == "gradual": quick |= dict(prune_every=1, prune_units=None, prune_epochs=1, epochs=1 if p["dataset"] == "imagenet" else 2)
     return quick
 
 KINDS = {}
