@@ -10,7 +10,7 @@ OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY
 
 # name: (parameters, what the sentence says); FILE is a regular file, PICKLE a torch.save, BASELINE a run folder of a LeNet, NOWHERE a folder that does not exist
 REFUSED = {
-    "unknown parameter": (dict(ratoi=.5), "Invalid parameter 'ratoi'. Did you mean 'ratio'? Valid: method, ratio, of, "),
+    "unknown parameter": (dict(ratoi=.5), "Invalid parameter 'ratoi'. Did you mean 'ratio'? Valid: criteria, method, ratio, of, "),
     "method": (dict(method="eigendamag"), "Invalid method 'eigendamag'. Did you mean 'eigendamage'? Valid: eigendamage"),
     "model": (dict(model="resnet21"), "Invalid model 'resnet21'. Did you mean 'resnet32'? Valid: vgg16, vgg19, resnet20, "),
     "data set": (dict(dataset="cifar"), "Invalid dataset 'cifar'. Did you mean 'cifar10'? Valid: digits, cifar10, cifar100."),

@@ -15,8 +15,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from ..allocate import OF
 from ..core import UserError, one_of
-from ..criteria import eigendamage, geometric_median, magnitude, taylor
-from ..criteria.core import METHODS, NORMALIZATIONS, REDUCTIONS, collector_of, method_ids
+from ..criteria import activations, eigendamage, geometric_median, magnitude, redundancy_graph, taylor
+from ..criteria.core import METHODS, NORMALIZATIONS, REDUCTIONS, collector_of, load_criteria, method_ids
 from ..curvature.fisher import FISHERS
 from ..data import DATASETS, dataset_info
 from .presets import from_preset
@@ -158,6 +158,7 @@ class PretrainParams(Places):
 @dataclass
 class Budget(Places):
     "What is removed, and what it is chosen by."
+    criteria: str = param("", "criteria of one's own, run first: a module, a .py file, or a notebook whose cells with them have the tag 'criteria'", (lambda v: not v or load_criteria(v) or True, "what registers a criterion"))   # before `method`, which may be one of them
     method: str = param("eigendamage", f"how saliency is measured: {' | '.join(METHODS)}, or a number of the Taylor code", METHODS, method_ids)
     ratio: float = param(.75, "fraction to remove, in [0, 1)", (lambda v: 0 <= v < 1, "a number in [0, 1), the fraction that is removed"))
     of: str = param("params", f"what the ratio is of: {' | '.join(OF)}", OF)
