@@ -40,7 +40,7 @@ DATASETS = {i.name: i for i in [
     DataInfo("cifar100", 100, 3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), 4, True, 5000),
     DataInfo("tiny_imagenet", 200, 3, 64, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821), 4, True, 10_000, ("tiny-imagenet-200", "tiny_imagenet"), 64),
     DataInfo("imagenet", 1000, 3, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0, True, 10_000, ("imagenet",), 256, (.08, 1.)),
-    DataInfo("fake", 10, 3, 32, (0.5,) * 3, (0.2887,) * 3, 4, True, 32)]}
+    DataInfo("fake", 10, 3, 32, (0.5,) * 3, (0.2887,) * 3, 4, True, 16)]}
 
 # %% ../nbs/data.ipynb #7a1945b0
 FAKE = r"fake-(\d{1,4})x(\d{1,4})x(\d{1,4})-(\d{1,6})"
@@ -80,7 +80,7 @@ def _cifar(name, folder) -> tuple:
 def _fake(name, folder) -> tuple:
     info, g = dataset_info(name), generator(0, name)
     def made(n): return (torch.randint(256, (n, info.channels, info.image_size, info.image_size), generator=g, dtype=torch.uint8), torch.randint(info.classes, (n,), generator=g))
-    return made(288), made(32)
+    return made(272), made(16)
 
 # %% ../nbs/data.ipynb #ac02ddcd
 IMAGES = (".jpeg", ".jpg", ".png", ".bmp", ".webp")
