@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np, torch
 from .core import UserError, one_of
 from .choose import choose
-from .criteria.core import Scores
+from .criteria.core import Scores, finished
 from .criteria.curvature_tucker import of_scores
+from .criteria import eigendamage, obd                # what finishes plans
 from .surgery.channels import Cut
 from .surgery.factorize import cheapest_form, form_cost
 from .surgery.plan import Factorization, Plan, Replacement
@@ -191,4 +192,4 @@ def allocate(scores:Scores,
     check_budget(ratio, of)
     if not 0 <= cap <= 1: raise UserError(f"Invalid cap {cap!r}. Valid: a number in [0, 1], the largest share of a layer's rows or columns, or of a group's units, that may go.")
     way = _channels if scores.groups else _replacements if any(l.kernel is not None for l in scores.layers.values()) else _directions
-    return way(scores, ratio, of, cap)
+    return finished(way(scores, ratio, of, cap), scores)

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from .core import LayerScores, register
 from . import layers
-from ..curvature.eigen import eigenbasis
 from ..surgery.factorize import LayerShape
 
 # %% ../../nbs/criteria/eigendamage.ipynb #e8fe276d
@@ -26,12 +25,11 @@ def rotated_energy(weight:torch.Tensor, # C_out x C_in x taps...
 @register
 class EigenDamage:
     "Rows and columns of the weight in the eigenbasis of its channel-level K-FAC factors; the weight's own entries stay as they are in that basis."
-    name = "eigendamage"
-    needs = "kfac"
+    name, needs, factors = "eigendamage", "kfac", ("channel",)
 
     def __call__(self, layer:nn.Module, stats) -> LayerScores:
         "Scores of `layer` from its `KFAC` statistics."
-        out, into = (eigenbasis(factor, precision="auto") for factor in (stats.G, stats.A))   # float32 where it is as good
+        out, into = layers.layer_basis(stats)
         theta = .5 * out.values.double()[:, None] * into.values.double() * rotated_energy(layer.weight, out.vectors, into.vectors)
         shape = LayerShape.of(layer, stats.in_positions, stats.positions)
         return LayerScores(shape, list(layer.weight.shape), theta.to(layer.weight.dtype).cpu(), *(t.cpu() for t in (out.vectors, into.vectors, out.values, into.values)))
