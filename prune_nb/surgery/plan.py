@@ -15,7 +15,7 @@ from torch import nn
 from ..core import UserError, load_tensors, one_of, save_json, save_tensors
 from . import modules                      # what cut modules of some kinds become
 from ..curvature.passes import digest
-from .channels import Cut, copied, cut, kept, merged, silent, tensors_of
+from .channels import Cut, copied, cut, kept, merged, silent
 from .factorize import ALL_FORMS, FORMS, Factors, build, projected, skeleton, unfactorizable
 
 # %% ../../nbs/surgery/plan.ipynb #3f81e83d
@@ -190,10 +190,10 @@ def composed(first:Plan, second:Plan, model:nn.Module) -> Plan:
     "The plan that does to `model` what `second` does to `first.apply(model)`. Raises `UserError` when the second cuts channels of layers that the first has factorised."
     if first.layers and second.cuts: raise UserError("The second plan cuts channels of a network that the first has factorised. Cut channels first, then factorise.")
     if (twice := first.layers.keys() & second.layers.keys()): raise UserError(f"Both plans factorise {sorted(twice)}. Plan these layers anew.")
-    removed, own = _fitting(first, model), tensors_of(model)
+    removed = _fitting(first, model)
     def place(name, d, at):
         gone = removed.get(name, {}).get(d)
-        return at if gone is None else np.delete(np.arange(at.max() + 1 + len(gone)), gone)[at]
+        return at if gone is None else kept(n := at.max() + 1 + len(gone), gone[gone < n])[at]
     cuts = dict(first.cuts)
     for n, c in second.cuts.items():
         group = c.group(n)
