@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np, torch
 from .core import UserError, one_of
 from .choose import choose
-from .criteria.core import Scores, finished
+from .criteria.core import METHODS, Scores, finished
 from .criteria.curvature_tucker import of_scores
 from .criteria import eigendamage, obd                # what finishes plans
 from .surgery.channels import Cut
@@ -191,5 +191,5 @@ def allocate(scores:Scores,
     Raises `UserError` with the reachable range otherwise."""
     check_budget(ratio, of)
     if not 0 <= cap <= 1: raise UserError(f"Invalid cap {cap!r}. Valid: a number in [0, 1], the largest share of a layer's rows or columns, or of a group's units, that may go.")
-    way = _channels if scores.groups else _replacements if any(l.kernel is not None for l in scores.layers.values()) else _directions
+    way = _channels if scores.groups else _replacements if getattr(METHODS.get(scores.method), "menus", False) else _directions
     return finished(way(scores, ratio, of, cap), scores)

@@ -10,7 +10,10 @@ from prune_nb.criteria.core import load_scores, save_scores, score
 from prune_nb.criteria.obd import inverse, mixture, row_losses
 from prune_nb.curvature.kfac import collect
 from prune_nb.models import create_model
+from prune_nb.surgery.menu import selection_losses
 from prune_nb.surgery.plan import composed, load_plan, save_plan
+from prune_nb.surgery.quadratic import metric
+from prune_nb.surgery.tucker import tucker
 from prune_nb.surgery.verify import max_relative_difference
 
 torch.set_num_threads(1)
@@ -241,10 +244,52 @@ def test_what_has_no_factors_is_told():
     assert any(g.group.members["q.weight"][0].shape[1] == 4 for g in scores.groups.values() if "q.weight" in g.group.members)
 
 def test_one_pass_for_all(monkeypatch):
-    "Criteria of filters and of directions share the K-FAC pass."
+    "Criteria of filters and of directions share the K-FAC pass, batch by batch where one wants a moving average; moments are one more for each kind of basis."
     from prune_nb.criteria import layers
-    passes = []
+    passes, more = [], []
+    second = layers.second_moments
     monkeypatch.setattr(layers, "collect", lambda *args, **options: passes.append(options) or collect(*args, **options))
-    net, data = Net(), [(torch.randn(8, 2, 5, 5), torch.randint(3, (8,)))]
-    score(net, data, [*FILTERS, "eigendamage", "curvature_tucker"], progress=False)
-    assert len(passes) == 1 and (passes[0]["a"], passes[0]["bias"], passes[0]["diagonal"]) == ("both", True, True)
+    monkeypatch.setattr(layers, "second_moments", lambda *args, **options: more.append(options) or second(*args, **options))
+    net, data = Net(), [(torch.randn(8, 2, 5, 5), torch.randint(3, (8,))) for _ in range(3)]
+    found = score(net, data, [*FILTERS, "eigendamage", "eigendamage_ekfac", "curvature_tucker"], progress=False)
+    assert (len(passes), len(more)) == (1, 1) and (passes[0]["a"], passes[0]["bias"], passes[0]["diagonal"]) == ("both", True, True)
+    passes.clear(), more.clear()
+    again = score(net, data, [*FILTERS, "eigendamage", "eigendamage_ekfac", "curvature_tucker", "improved_eigendamage"], progress=False)
+    assert (len(passes), len(more)) == (3, 2)
+    for m, s in found.items():
+        for g in s.groups: assert torch.allclose(s.groups[g].saliency, again[m].groups[g].saliency, rtol=1e-4)
+        for n in s.layers: assert torch.allclose(s.layers[n].saliency.sum(), again[m].layers[n].saliency.sum(), rtol=1e-4)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 8), d=st.integers(1, 8), taps=st.sampled_from([1, 2, 9]), mixing=st.floats(0, 3), ranks=st.tuples(st.floats(0, 1), st.floats(0, 1)))
+def test_whitened_tucker_loses_no_more_than_selection(seed, n, d, taps, mixing, ranks):
+    "Neither does anything else of these ranks do better by a small step."
+    G, A, _ = random_layer(seed, n, d, mixing)
+    W = torch.randn(n, d, taps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    r_out, r_in = 1 + round(ranks[0] * (n - 1)), 1 + round(ranks[1] * (d - 1))
+    m = metric(W, A, G)
+    f = tucker(W, r_out, r_in, m)
+    loss = lambda D: sum(quadratic(G, A, D[..., t]) for t in range(taps))
+    whole = loss(W)
+    assert loss(W - f.weight) <= float(selection_losses(.5 * m.whiten(W).square().sum(2))[r_out - 1, r_in - 1]) + 1e-9 * whole
+    g = torch.Generator().manual_seed(seed)
+    near = [part + 1e-3 * part.norm() * torch.randn(part.shape, generator=g, dtype=torch.float64) for part in f]
+    assert loss(W - f.weight) <= loss(W - type(f)(*near).weight) * (1 + 1e-3) + 1e-9 * whole
+
+
+@pytest.mark.parametrize("method", ["eigendamage_ekfac", "eigendamage_separable", "improved_eigendamage", "curvature_tucker"])
+def test_directions_without_statistics_are_worth_nothing(method):
+    "Inputs that are always zero, and a layer to which no gradient comes: finite, zero, and a plan that holds."
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    with torch.no_grad(): net[0].weight[2:] = 0; net[0].bias.fill_(-1)
+    data = [(torch.randn(16, 3, 6, 6), torch.randint(3, (16,)))]
+    for dead in (False, True):
+        if dead: nn.init.zeros_(net[2].weight)
+        scores = score(net, data, method, progress=False)
+        for l in scores.layers.values(): assert l.saliency.isfinite().all() and (l.saliency >= 0).all()
+        if dead: assert all((l.saliency == 0).all() for l in scores.layers.values())
+        if dead and method == "curvature_tucker": continue   # everything is free, and the cheapest goes past the budget, which is told
+        plan = allocate(scores, .3, "params" if method == "curvature_tucker" else "units")
+        assert max_relative_difference(plan.apply(net), plan.masked(net), data[0][0]) <= 1e-5 and 0 <= plan.predicted_loss_change < float("inf")

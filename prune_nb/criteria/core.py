@@ -33,7 +33,8 @@ class LayerScores:
     in_basis: torch.Tensor       # C_in x C_in
     out_values: torch.Tensor     # C_out eigenvalues of the gradient factor
     in_values: torch.Tensor      # C_in eigenvalues of the input factor
-    kernel: torch.Tensor = None  # the weight, C_out x C_in x taps, of methods that choose from menus
+    kernel: torch.Tensor = None  # the weight, C_out x C_in x taps, of methods that make factors of it
+    moments: torch.Tensor = None # C_out x C_in x taps: second moments of the gradient along the pairs of directions, of methods that measure them
 
     @property
     def rows(self) -> torch.Tensor: return self.saliency.sum(1)
@@ -71,7 +72,7 @@ class Scores:
     def bases(self) -> dict: return {k: (l.out_basis, l.in_basis) for k, l in self.layers.items()}
 
 # %% ../../nbs/criteria/core.ipynb #2544b7b9
-TENSORS = ("saliency", "out_basis", "in_basis", "out_values", "in_values", "kernel")
+TENSORS = ("saliency", "out_basis", "in_basis", "out_values", "in_values", "kernel", "moments")
 PLAIN = ("method", "model", "params", "macs", "examples", "loss", "skipped", "settings")
 COSTS = ("sizes", "slopes", "params", "macs")
 
