@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from .core import UserError, one_of
 from .choose import choose
-from .criteria.core import METHODS, Scores, find_method
+from .criteria.core import METHODS, Scores, find_method, finished, from_menus
+from .criteria import methods
 from .removable import Channels, Directions, Menus, allowed, by_name, cuts
 from .surgery.plan import Plan
+
 
 # %% ../nbs/allocate.ipynb #697a63ac
 HOW = ("global", "per_cost", "uniform", "multiplier")
@@ -205,7 +207,7 @@ class Budget:
     "Scores made ready: `choose` and `plan` for any ratio, threshold or loss."
     def __init__(self, scores:Scores, how:str=None, table=None, **limits):
         self.scores, self.table, self.limits, self.lines = scores, table, Limits(**limits), {}
-        fitted = any(l.kernel is not None for l in scores.layers.values())
+        fitted = from_menus(scores)
         self.how = one_of(f"how for {scores.method!r}", how or ("multiplier" if fitted else "global"), ("multiplier", "uniform") if fitted else HOW)
         menus = bool(scores.layers) and (fitted or how == "multiplier")
         self.space = (Menus if menus else Directions if scores.layers else Channels)(scores, table)
@@ -347,4 +349,4 @@ def allocate(scores:Scores,
     """The plan that removes least saliency for what it saves. Parameters, multiply-accumulates and milliseconds are met within 1 % of the network's total; something of every layer and group stays; a layer
     whose cheapest form is no smaller stays as it is. Of patterns that fit the same name the last counts. Raises `UserError` with the reachable range otherwise."""
     budget = Budget(scores, how, table, cap=cap, caps=caps or {}, floors=floors or {}, round_to=round_to, ignore=ignore)
-    return budget.plan(ratio, of, ratios, threshold, loss)
+    return finished(budget.plan(ratio, of, ratios, threshold, loss), scores)
