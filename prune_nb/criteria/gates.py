@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PLAIN', 'MEMORY', 'Reader', 'readers_of', 'multiply_inputs', 'largest_output', 'silences', 'Gates', 'chunk_of',
            'losses', 'depends', 'differentiated', 'gradients_of_each', 'second_derivatives', 'Batch', 'Gate',
-           'batches_of', 'Running', 'over_gates', 'from_gates']
+           'batches_of', 'Running', 'over_batches', 'said_by', 'from_gates']
 
 # %% ../../nbs/criteria/gates.ipynb #b0a270d0
 import contextlib, math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -203,9 +203,18 @@ class Batch:
 
     def without(self, group, units) -> torch.Tensor:
         "The loss without each of some units alone."
-        gates, coupling = self.gates, self.gates.subject.coupling
-        if gates.silences(group): return losses(gates, {group.name: 1 - torch.eye(group.units).to(gates.ones[group.name])[units]}, self.x, self.y, self.chunk)
-        with torch.no_grad(): return torch.stack([gates.loss(call(coupling.plan({group.name: [int(u)]}).masked(gates.model), self.x), self.y) for u in units])
+        return self.without_sets([{group.name: [int(u)]} for u in units])
+
+    def without_sets(self, sets:list # group name -> numbers of units
+                     ) -> torch.Tensor:
+        "The loss without each set of units: by gates where those silence as the surgery does."
+        gates, coupling, groups = self.gates, self.gates.subject.coupling, list(dict.fromkeys(g for s in sets for g in s))
+        if all(gates.silences(coupling[g]) for g in groups):
+            z = {g: gates.ones[g].repeat(len(sets), 1) for g in groups}
+            for i, s in enumerate(sets):
+                for g, units in s.items(): z[g][i, units] = 0
+            return losses(gates, z, self.x, self.y, self.chunk)
+        with torch.no_grad(): return torch.stack([gates.loss(call(coupling.plan(s).masked(gates.model), self.x), self.y) for s in sets])
 
 # %% ../../nbs/criteria/gates.ipynb #37d2509c
 class Gate:
@@ -218,10 +227,9 @@ class Gate:
     def examples(self) -> torch.Tensor: return self.batch.each[0][self.group.name]            # examples x units: gradients of each one's loss
     @property
     def curvature(self) -> torch.Tensor: return self.batch.curvature[self.group.name]         # units: diagonal of the Hessian
-    @property
-    def rise(self) -> torch.Tensor:
-        "Measured, without each unit alone."
-        return self.batch.without(self.group, torch.arange(self.group.units)) - self.batch.loss
+    def rise(self, units=None) -> torch.Tensor:
+        "Of the loss, measured without each of some units alone; of all when None."
+        return self.batch.without(self.group, torch.arange(self.group.units) if units is None else units) - self.batch.loss
 
 # %% ../../nbs/criteria/gates.ipynb #147b9bf9
 def batches_of(data, samples:int=None, device="cpu", progress=True):
@@ -245,23 +253,31 @@ class Running:
             old = self.values.get(g, v)
             self.values[g] = old + (v - old) * (n / self.examples if self.momentum is None else 1 - self.momentum)
 
-# %% ../../nbs/criteria/gates.ipynb #a63122b2
-def over_gates(subject, functions, make=Running) -> list:
-    "Running means of what each function says of a `Gate`, for every group that has gates, or that it can do without; the last is the loss."
+# %% ../../nbs/criteria/gates.ipynb #7a7e20a2
+def over_batches(subject,
+                 means:list  # pairs: a function of a `Batch` that gives values by name, and the `Running` that they go into
+                 ) -> Running:
+    "One pass over the data. Gives the mean loss, as \"loss\"."
     with Gates(subject) as gates:
-        found, loss = [make(getattr(f, "momentum", None)) for f in functions], Running()
+        loss = Running()
         for x, y, n in batches_of(subject.data, subject.samples, device_of(subject.model), subject.progress):
             batch = Batch(gates, x, y)
-            for f, mean in zip(functions, found):
-                mean.add({g.name: f(Gate(batch, g)).double() for g in subject.coupling.groups if g.name in gates.ones or getattr(f, "all_groups", False)}, n)
+            for f, mean in means: mean.add(f(batch), n)
             if not math.isfinite(batch.loss): raise UserError(f"The loss of a batch is {batch.loss}. Check inputs, targets and weights.")
             loss.add({"loss": batch.loss}, n)
-    return [*found, loss]
+    return loss
+
+# %% ../../nbs/criteria/gates.ipynb #bab10487
+def said_by(criterion, batch:Batch) -> dict:
+    "Group name -> values of its units."
+    groups = [g for g in batch.gates.subject.coupling.groups if g.name in batch.gates.ones or getattr(criterion, "all_groups", False)]
+    return {g.name: criterion(Gate(batch, g)).double() for g in groups}
 
 # %% ../../nbs/criteria/gates.ipynb #1ffc635e
 @collector("gates")
 def from_gates(subject, criteria) -> list:
     "Scores of criteria that look at gates."
     if subject.reduction not in (None, "sum"): raise UserError(f"A gate is one for all members of a group, and nothing is left to reduce by {subject.reduction!r}. Leave reduction out.")
-    *found, loss = over_gates(subject, criteria)
-    return [group_scores(subject, c, f.values, f.examples, loss.values["loss"]) for c, f in zip(criteria, found)]
+    means = [Running(getattr(c, "momentum", None)) for c in criteria]
+    loss = over_batches(subject, [(partial(said_by, c), mean) for c, mean in zip(criteria, means)])
+    return [group_scores(subject, c, mean.values, loss.examples, loss.values["loss"]) for c, mean in zip(criteria, means)]
