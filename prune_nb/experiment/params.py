@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from ..allocate import OF
 from ..core import UserError, one_of
-from ..criteria import eigendamage, geometric_median, magnitude, taylor
+from ..criteria import eigendamage, geometric_median, magnitude, oracle, taylor
 from ..criteria.core import METHODS, NORMALIZATIONS, REDUCTIONS, collector_of, method_ids
 from ..curvature.fisher import FISHERS
 from ..data import DATASETS
