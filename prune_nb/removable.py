@@ -11,7 +11,7 @@ import math
 from fnmatch import fnmatchcase
 import numpy as np
 from .core import one_of
-from .criteria.core import Scores, from_menus, from_menus
+from .criteria.core import Scores, from_menus
 from .criteria.curvature_tucker import of_scores
 from .surgery.channels import Cut
 from .surgery.factorize import ALL_FORMS, FORMS, LayerShape, form_cost

@@ -7,7 +7,7 @@ __all__ = ['methods_table']
 
 # %% ../../nbs/criteria/methods.ipynb #70fdc4f0
 import pandas as pd
-from . import eigendamage, curvature_tucker, obd, magnitude, geometric_median, taylor, activations, redundancy_graph
+from . import eigendamage, curvature_tucker, obd, magnitude, geometric_median, taylor, activations, redundancy_graph, oracle
 from .core import COLLECTORS, METHODS
 
 # %% ../../nbs/criteria/methods.ipynb #0f44766f
