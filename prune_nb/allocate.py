@@ -184,11 +184,12 @@ class Limits:
         return {k: (0. if ignored[k] else caps[k], floors[k], self.round_to) for k in space.names}
 
 # %% ../nbs/allocate.ipynb #54195ba6
-def _limits(space, limits) -> str:
+def _limits(space, limits, of) -> str:
     "What ends the reachable range, in words."
     noun, units, frozen = space.noun
     names = dict(caps="caps", floors="floors", round_to=f"multiples of {limits.round_to}", ignore="what is ignored")
     parts = [] if isinstance(space, Menus) else [f"the cap of {limits.cap:g} of every {noun}'s {units}"]
+    if of == "latency": parts += [f"the {(space.table.fixed if isinstance(space, Channels) else space.table.rest) / space.table.whole:.0%} of the milliseconds that are none of the layers'"]
     parts += [names[k] for k in limits.given] + [f"the {len(space.scores.skipped)} {frozen}"]
     return ", ".join(parts[:-1]) + " and " * (len(parts) > 1) + parts[-1] + " set the end"
 
@@ -196,7 +197,7 @@ def _limits(space, limits) -> str:
 def _refuse(line, target, limits):
     removed, n = lambda n: target.removed(line.counts(n)), place(line, target)[1]
     reachable = removed(len(line))
-    if target.ratio > reachable: raise UserError(f"Cannot remove {target.ratio:.1%} of the {target.of}: 0 to {reachable:.1%} can be reached; {_limits(target.space, limits)}. Lower ratio or raise cap.")
+    if target.ratio > reachable: raise UserError(f"Cannot remove {target.ratio:.1%} of the {target.of}: 0 to {reachable:.1%} can be reached; {_limits(target.space, limits, target.of)}. Lower ratio or raise cap.")
     near = sorted({round(removed(m), 4) for m in (n, min(n + 1, len(line)))})
     raise UserError(f"Cannot remove {target.ratio:.1%} of the {target.of} to within 1 %: the nearest steps remove {' and '.join(f'{r:.1%}' for r in near)}. Choose one of them as ratio.")
 
@@ -288,7 +289,7 @@ def _from_menus(b:Budget, ratio, of) -> dict:
     space, total, menus = b.space, b.space.total(of), b.space.menus(of)
     least = sum(float(min(getattr(m, of))) for m in menus.values()) + space.rest(of)
     ends = "with one rank in every layer; " if not b.limits.given else ""
-    if (1 - ratio) * total < least: raise UserError(f"Cannot remove {ratio:.1%} of the {of}: 0 to {1 - least / total:.1%} can be reached, {ends}{_limits(space, b.limits)}. Lower ratio.")
+    if (1 - ratio) * total < least: raise UserError(f"Cannot remove {ratio:.1%} of the {of}: 0 to {1 - least / total:.1%} can be reached, {ends}{_limits(space, b.limits, of)}. Lower ratio.")
     entries = choose(menus, (1 - ratio) * total - space.rest(of), of) if b.how == "multiplier" else _entries(b, of, _evenly(b, (1 - ratio) * total, of))
     removed = 1 - space.left(entries, of) / total
     if removed - ratio > .01: raise UserError(f"Cannot remove {ratio:.1%} of the {of} to within 1 %: the nearest choice removes {removed:.1%}. Choose that as ratio.")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['most', 'allowed', 'by_name', 'Channels', 'cuts', 'shapes_by_taps', 'FormCosts', 'Directions', 'factorizations',
-           'within', 'Menus']
+           'within', 'fitted', 'Menus']
 
 # %% ../nbs/removable.ipynb #641c7c12
 import math
@@ -48,7 +48,7 @@ def by_name(what:str,     # what is given, for messages
 class Channels:
     "Groups of coupled channels; the units of each, least salient first."
     noun = ("group", "units", "dimensions of parameters that stay")
-    def __init__(self, scores:Scores, latency=None):
+    def __init__(self, scores:Scores, table=None):
         self.scores, self.groups = scores, list(scores.groups.values())
         self.names = {k: [k, *dict.fromkeys(n.rpartition(".")[0] for n, dims in g.group.members.items() if 0 in dims and ":" not in n)] for k, g in scores.groups.items()}
         self.touched = {k: [k] + [n.partition(":")[0] if ":" in n else n.rpartition(".")[0] for n in g.group.members] for k, g in scores.groups.items()}
@@ -56,12 +56,12 @@ class Channels:
         self.orders = [np.argsort(s, kind="stable") for s in values]
         self.saliency, self.sizes = [s[o] for s, o in zip(values, self.orders)], np.array([len(s) for s in values])
         self.owners, self.loss = list(self.names), scores.settings.get("measures") == "loss"
-        self.latency = latency.channels(scores.groups) if latency else None
+        self.table, self.milliseconds = table, table.channels(scores.groups) if table else None
 
     def total(self, of:str): return self.left(np.zeros(len(self.sizes), int), of)
     def left(self, counts, of:str, forms_for=None):
         "Parameters, multiply-accumulates or milliseconds of what is left without these numbers of units of every group."
-        return self.latency(counts) if of == "latency" else self.scores.costs.count(counts, of)
+        return self.milliseconds(counts) if of == "latency" else self.scores.costs.count(counts, of)
 
     def per_unit(self, counts, of:str) -> np.ndarray:
         "What a unit more of every group saves, when these are gone. Of milliseconds, which are measured, the mean of half of what is left."
@@ -100,12 +100,12 @@ def shapes_by_taps(layers:dict) -> list:
 # %% ../nbs/removable.ipynb #be66f2ab
 class FormCosts:
     "What every form of every layer costs, for all layers at once."
-    def __init__(self, layers:dict, latency=None):
-        self.names, self.latency, self.shapes = list(layers), latency, shapes_by_taps(layers)
+    def __init__(self, layers:dict, table=None):
+        self.names, self.table, self.shapes = list(layers), table, shapes_by_taps(layers)
 
     def __call__(self, r_out, r_in, of:str) -> np.ndarray:
         "Forms x layers: parameters, multiply-accumulates or milliseconds."
-        if of == "latency": return np.array([self.latency.form_ms(self.names, f, r_out, r_in) for f in FORMS])
+        if of == "latency": return np.array([self.table.form_ms(self.names, f, r_out, r_in) for f in FORMS])
         out = np.empty((len(FORMS), len(self.names)))
         for at, shape in self.shapes: out[:, at] = [np.broadcast_to(form_cost(shape, r_out[at], r_in[at], f, of), len(at)) for f in FORMS]
         return out
@@ -114,15 +114,15 @@ class FormCosts:
 class Directions:
     "Sides of layers in their eigenbases: part 2n is the rows of layer n, 2n + 1 its columns; the directions of each, least salient first."
     noun, loss = ("layer", "directions", "layers without scores"), True
-    def __init__(self, scores:Scores, latency=None):
-        self.scores, self.layers, self.latency, self.costs = scores, scores.layers, latency, FormCosts(scores.layers, latency)
+    def __init__(self, scores:Scores, table=None):
+        self.scores, self.layers, self.table, self.costs = scores, scores.layers, table, FormCosts(scores.layers, table)
         self.names = self.touched = {k: [k] for k in scores.layers}
         values = [s.numpy() for l in scores.layers.values() for s in (l.rows, l.cols)]
         self.orders = [np.argsort(s, kind="stable") for s in values]
         self.saliency, self.sizes = [s[o].astype(float) for s, o in zip(values, self.orders)], np.array([len(s) for s in values])
         self.owners, self.tables = [k for k in scores.layers for _ in range(2)], {}
 
-    def total(self, of:str): return self.latency.whole if of == "latency" else getattr(self.scores, of)
+    def total(self, of:str): return self.table.whole if of == "latency" else getattr(self.scores, of)
     def ranks(self, counts) -> tuple:
         "(Rows, columns) that are kept of every layer."
         kept = self.sizes - counts
@@ -185,14 +185,20 @@ def within(m, shape:LayerShape, cap:float, floor:int, round_to:int) -> np.ndarra
     one_rank = fits(m.r_out, min(shape.c_out, shape.c_in))
     return (m.form == ALL_FORMS.index("dense")) | np.where(m.form == ALL_FORMS.index("low_rank"), one_rank, fits(m.r_out, shape.c_out) & fits(m.r_in, shape.c_in))
 
+# %% ../nbs/removable.ipynb #d37f2b13
+def fitted(layer):
+    "`of_scores` of a layer, kept with its scores: for a network of fifty layers it takes a minute."
+    if not hasattr(layer, "whitened"): layer.whitened = of_scores(layer)
+    return layer.whitened
+
 # %% ../nbs/removable.ipynb #c5ba81c3
 class Menus:
     "What every layer can become. Layers with a kernel are fitted to their curvature; others keep rows and columns of their eigenbases."
     noun, loss = ("layer", "ranks", "layers without scores"), True
-    def __init__(self, scores:Scores, latency=None):
-        self.scores, self.latency, self.shapes, self.costs, self.limits, self.fronts = scores, latency, {k: l.shape for k, l in scores.layers.items()}, FormCosts(scores.layers, latency), {}, {}
+    def __init__(self, scores:Scores, table=None):
+        self.scores, self.table, self.shapes, self.costs, self.limits, self.fronts = scores, table, {k: l.shape for k, l in scores.layers.items()}, FormCosts(scores.layers, table), {}, {}
         self.names = self.touched = {k: [k] for k in scores.layers}
-        self.fitted = {k: of_scores(l) for k, l in scores.layers.items() if l.kernel is not None}
+        self.fitted = {k: fitted(l) for k, l in scores.layers.items() if l.kernel is not None}
         self.sides = None if self.fitted else Directions(scores)
         self.losses = {k: w.losses for k, w in self.fitted.items()} if self.fitted else {k: self.sides.of_sides(n) if l.shape.taps == 1 else self.sides.losses(n) for n, (k, l) in enumerate(scores.layers.items())}
 
@@ -200,10 +206,10 @@ class Menus:
         "The Pareto front of a layer for a cost, with a column `latency` where milliseconds are known."
         m = full_menu(self.shapes[name], self.losses[name])
         if name in self.limits: m = m.take(within(m, self.shapes[name], *self.limits[name]))
-        ms = self.latency.entries_ms(name, m) if self.latency else None
+        ms = self.table.entries_ms(name, m) if self.table else None
         front = pareto(ms if of == "latency" else getattr(m, of), m.predicted)
         m = m.take(front)
-        if self.latency: m.latency = ms[front]
+        if self.table: m.latency = ms[front]
         return m
 
     def menus(self, of:str) -> dict:
@@ -211,13 +217,13 @@ class Menus:
         if of not in self.fronts: self.fronts[of] = {k: self.menu(k, of) for k in self.shapes}
         return self.fronts[of]
 
-    def total(self, of): return self.latency.whole if of == "latency" else getattr(self.scores, of)
+    def total(self, of): return self.table.whole if of == "latency" else getattr(self.scores, of)
     def dense(self, of) -> np.ndarray: return self.costs(*np.ones((2, len(self.shapes)), int), of)[0]
     def rest(self, of): return self.total(of) - self.dense(of).sum()
 
     def left(self, entries:dict, of:str, forms_for=None):
         "Parameters, multiply-accumulates or milliseconds of what is left with an entry for every layer."
-        if of == "latency": return self.rest(of) + sum(float(self.latency.form_ms([k], e.form, e.r_out, e.r_in)[0]) for k, e in entries.items())
+        if of == "latency": return self.rest(of) + sum(float(self.table.form_ms([k], e.form, e.r_out, e.r_in)[0]) for k, e in entries.items())
         return int(self.rest(of)) + sum(getattr(e, of) for e in entries.values())
 
     def kept(self, entries:dict, of) -> dict: return {k: (e.form, e.r_out, e.r_in) for k, e in entries.items()}
