@@ -156,14 +156,16 @@ class LayerTimes:
         "Of each of these layers, in a form of these ranks."
         missing = [n for n in names if "back" not in self.tables.get(n, {})]
         if missing: raise UserError(f"The latency table lacks the factors of {', '.join(missing[:5])}. Make one for these scores: latency_table(model, inputs, scores).")
-        (O, I), total = np.array([self.layers[n][:2] for n in names]).T, np.zeros(np.broadcast(np.arange(len(names)), r_out, r_in).shape)
-        values = {"O": O, "I": I, "o": r_out, "i": r_in, "1": 1}
+        layers = np.array([self.layers[n] for n in names])
+        values, size = dict(zip("OIoi1", np.broadcast_arrays(layers[:, 0], layers[:, 1], r_out, r_in, 1))), np.broadcast(layers[:, 0], r_out, r_in).size
+        parts = []
         for one_tap in (False, True):
-            at = np.array([self.layers[n][3] == one_tap for n in names])
-            for role, outs, ins in ROLES[one_tap].get(form, []) if at.any() else []:
-                which = np.array([self.tables[n].get(role, 0) for n in names])
-                total = total + np.where(at, self.scale * self.grids(which, values[outs], values[ins]), 0)
-        return total
+            at = np.flatnonzero(np.broadcast_to(layers[:, 3] == one_tap, size))
+            for role, outs, ins in ROLES[one_tap].get(form, []) if len(at) else []:
+                which = np.broadcast_to([self.tables[n].get(role, 0) for n in names], size)
+                parts.append((at, which[at], values[outs][at], values[ins][at]))
+        at, which, o, i = (np.concatenate(column) for column in zip(*parts))
+        return self.scale * np.bincount(at, self.grids(which, o, i), size)
 
     def entries_ms(self, name:str, menu) -> np.ndarray:
         "Of every entry of a layer's menu."
