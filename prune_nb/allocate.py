@@ -14,9 +14,8 @@ from .core import UserError, one_of
 from .choose import choose
 from .criteria.core import METHODS, Scores, find_method, finished, from_menus
 from .criteria import methods
-from .removable import Channels, Directions, Menus, allowed, by_name, cuts
+from .removable import Channels, Directions, Menus, allowed, by_name, cuts, patterns
 from .surgery.plan import Plan
-
 
 # %% ../nbs/allocate.ipynb #697a63ac
 HOW = ("global", "per_cost", "uniform", "multiplier")
@@ -173,8 +172,8 @@ class Limits:
 
     def __post_init__(self):
         self.ignore = (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore)
-        for c in (self.cap, *self.caps.values()): _share("cap", c, end=True)
-        for what, n in (("round_to", self.round_to), *(("floor", n) for n in self.floors.values())): _whole(what, n)
+        for c in (self.cap, *patterns("caps", self.caps).values()): _share("cap", c, end=True)
+        for what, n in (("round_to", self.round_to), *(("floor", n) for n in patterns("floors", self.floors).values())): _whole(what, n)
 
     @property
     def given(self) -> dict: return {k: list(v) if k == "ignore" else v for k, v in vars(self).items() if k != "cap" and v not in ({}, (), 1)}
@@ -186,11 +185,12 @@ class Limits:
         return {k: (0. if ignored[k] else caps[k], floors[k], self.round_to) for k in space.names}
 
 # %% ../nbs/allocate.ipynb #54195ba6
-def _limits(space, limits) -> str:
+def _limits(space, limits, of) -> str:
     "What ends the reachable range, in words."
     noun, units, frozen = space.noun
     names = dict(caps="caps", floors="floors", round_to=f"multiples of {limits.round_to}", ignore="what is ignored")
     parts = [] if isinstance(space, Menus) else [f"the cap of {limits.cap:g} of every {noun}'s {units}"]
+    if of == "latency": parts += [f"the {(space.table.fixed if isinstance(space, Channels) else space.table.rest) / space.table.whole:.0%} of the milliseconds that are none of the layers'"]
     parts += [names[k] for k in limits.given] + [f"the {len(space.scores.skipped)} {frozen}"]
     return ", ".join(parts[:-1]) + " and " * (len(parts) > 1) + parts[-1] + " set the end"
 
@@ -198,14 +198,17 @@ def _limits(space, limits) -> str:
 def _refuse(line, target, limits):
     removed, n = lambda n: target.removed(line.counts(n)), place(line, target)[1]
     reachable = removed(len(line))
-    if target.ratio > reachable: raise UserError(f"Cannot remove {target.ratio:.1%} of the {target.of}: 0 to {reachable:.1%} can be reached; {_limits(target.space, limits)}. Lower ratio or raise cap.")
+    if target.ratio > reachable: raise UserError(f"Cannot remove {target.ratio:.1%} of the {target.of}: 0 to {reachable:.1%} can be reached; {_limits(target.space, limits, target.of)}. Lower ratio or raise cap.")
     near = sorted({round(removed(m), 4) for m in (n, min(n + 1, len(line)))})
     raise UserError(f"Cannot remove {target.ratio:.1%} of the {target.of} to within 1 %: the nearest steps remove {' and '.join(f'{r:.1%}' for r in near)}. Choose one of them as ratio.")
 
 # %% ../nbs/allocate.ipynb #3dd258b7
 class Budget:
     "Scores made ready: `choose` and `plan` for any ratio, threshold or loss."
-    def __init__(self, scores:Scores, how:str=None, table=None, **limits):
+    def __init__(self, scores:Scores,
+                 how:str=None, # one of `HOW`; None: by the method
+                 table=None,   # of `prune_nb.latency`, for milliseconds
+                 **limits):    # of `Limits`
         self.scores, self.table, self.limits, self.lines = scores, table, Limits(**limits), {}
         fitted = from_menus(scores)
         self.how = one_of(f"how for {scores.method!r}", how or ("multiplier" if fitted else "global"), ("multiplier", "uniform") if fitted else HOW)
@@ -290,7 +293,7 @@ def _from_menus(b:Budget, ratio, of) -> dict:
     space, total, menus = b.space, b.space.total(of), b.space.menus(of)
     least = sum(float(min(getattr(m, of))) for m in menus.values()) + space.rest(of)
     ends = "with one rank in every layer; " if not b.limits.given else ""
-    if (1 - ratio) * total < least: raise UserError(f"Cannot remove {ratio:.1%} of the {of}: 0 to {1 - least / total:.1%} can be reached, {ends}{_limits(space, b.limits)}. Lower ratio.")
+    if (1 - ratio) * total < least: raise UserError(f"Cannot remove {ratio:.1%} of the {of}: 0 to {1 - least / total:.1%} can be reached, {ends}{_limits(space, b.limits, of)}. Lower ratio.")
     entries = choose(menus, (1 - ratio) * total - space.rest(of), of) if b.how == "multiplier" else _entries(b, of, _evenly(b, (1 - ratio) * total, of))
     removed = 1 - space.left(entries, of) / total
     if removed - ratio > .01: raise UserError(f"Cannot remove {ratio:.1%} of the {of} to within 1 %: the nearest choice removes {removed:.1%}. Choose that as ratio.")
@@ -313,6 +316,7 @@ def _at_most(b:Budget, counts) -> np.ndarray:
 def _by_threshold(b:Budget, threshold, of):
     "What goes of saliency at most `threshold`."
     if isinstance(b.space, Menus): raise UserError(f"{b.scores.method!r} chooses forms by predicted loss, which has no threshold of saliency. Give ratio or loss.")
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or math.isnan(threshold): raise UserError(f"Invalid threshold {threshold!r}. Valid: a number; what has at most this saliency goes.")
     own = getattr(find_method(b.scores.method), "removed_at", None) if b.scores.method in METHODS else None
     if not own: return _at_most(b, [np.searchsorted(s, threshold, "right") for s in b.space.saliency])
     found = own(b.scores, threshold)
