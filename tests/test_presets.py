@@ -12,8 +12,7 @@ from prune_nb.models import create_model
 from prune_nb.profile import latencies_ms
 
 KEYS = {f.name for f in dataclasses.fields(PruneParams)}
-AWAITED = {"how", "threshold",   # keys and methods that presets use and that are not there yet
-           "c_obd", "c_obs", "kron_obd", "kron_obs", "eigendamage_ekfac", "eigendamage_separable", "improved_eigendamage", "redundancy_graph", "taylor_output", "gate_obd", "taylor_second_order"}
+AWAITED = {"c_obd", "c_obs", "kron_obd", "kron_obs", "eigendamage_ekfac", "eigendamage_separable", "improved_eigendamage", "taylor_output", "gate_obd", "taylor_second_order"}   # used, and not there yet
 
 def lacking(preset) -> set: return (preset.parameters.keys() - KEYS) | ({preset.parameters["method"]} - set(METHODS))
 
@@ -69,7 +68,7 @@ def small(p) -> dict:
     return quick
 
 KINDS = {}
-for preset in sorted(KNOWN.values(), key=lambda p: (p.parameters.get("ratio", 0), p.name)): KINDS.setdefault(kind(preset.parameters), preset)
+for preset in sorted(KNOWN.values(), key=lambda p: (p.parameters["model"] in ALIKE, p.parameters.get("ratio", 0), p.name)): KINDS.setdefault(kind(preset.parameters), preset)
 KINDS[DEEPEST] = PRESETS[DEEPEST]
 
 
