@@ -16,8 +16,10 @@ from torch import nn
 from .core import Progress, UserError, save_json, untouched
 from .criteria.core import Scores
 from .profile import call, device_of, latencies_ms, layer_macs, to_device
+from .removable import cuts
 from .runs import project_root
 from .surgery.factorize import ALL_FORMS
+from .surgery.plan import Plan
 
 # %% ../nbs/latency.ipynb #0732ae69
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -150,6 +152,7 @@ class Latency:
     layers: dict     # name -> (outputs, inputs, positions of the output, whether it has one tap)
     tables: dict     # name -> {"own" | "into" | "back" | "depthwise": number of its table}
     grids: Grids
+    fixed: float = 0.  # milliseconds of the rest that stay whatever is cut
 
     def __post_init__(self):
         self.sizes = np.array([l[:2] for l in self.layers.values()], int).reshape(-1, 2)
@@ -167,7 +170,8 @@ class Latency:
         positions = np.array([l[2] for l in self.layers.values()])
         def left(counts):
             o, i = (self.sizes.T - falls @ np.asarray(counts))
-            return float(self.scale * self.grids(self.own, o, i).sum() + self.rest * (positions @ o) / (positions @ self.sizes[:, 0]))
+            share = (positions @ o) / (positions @ self.sizes[:, 0])
+            return float(self.scale * self.grids(self.own, o, i).sum() + self.fixed + (self.rest - self.fixed) * share)
         return left
 
     def form_ms(self, names:list, form:str, r_out, r_in) -> np.ndarray:
@@ -193,7 +197,7 @@ class Latency:
             out[at] = self.form_ms([name], ALL_FORMS[f], menu.r_out[at], menu.r_in[at])
         return out
 
-    def _repr_html_(self): return f"<p>{self.whole:.3g} ms, {len(self.layers)} layers measured, with {self.covered:.1%} of the multiply-accumulates; {self.rest:.3g} ms are none of theirs.</p>"
+    def _repr_html_(self): return f"<p>{self.whole:.3g} ms, {len(self.layers)} layers measured, with {self.covered:.1%} of the multiply-accumulates; {self.rest:.3g} ms are none of theirs, {self.fixed:.3g} of them fixed.</p>"
 
 # %% ../nbs/latency.ipynb #b7428552
 @torch.no_grad()
@@ -243,8 +247,21 @@ def latency_table(model:nn.Module,
         tables[name], layers[name] = found, (*layer.weight.shape[:2], sum(int(np.prod(after)) for _, after in calls), layer.weight[0, 0].numel() == 1)
         measured.save()
     macs = layer_macs(model, inputs)
-    with untouched(model): whole = measure(model.eval(), inputs)
-    return Latency(whole, sum(macs.get(n, 0) for n in layers) / max(sum(macs.values()), 1), layers, tables, grids)
+    half = {k: np.arange(g.group.units // 2) for k, g in scores.groups.items() if g.group.units > 1}
+    with untouched(model):
+        both = [model.eval(), Plan("", "", cuts=cuts(scores, half)).apply(model)]
+        whole, thin = np.median([[measure(m, inputs) for m in both] for _ in range(3)], axis=0).tolist()
+    table = Latency(whole, sum(macs.get(n, 0) for n in layers) / max(sum(macs.values()), 1), layers, tables, grids)
+    if half: table.fixed = _fixed(table, thin, scores.groups, [len(half.get(k, ())) for k in scores.groups])
+    return table
+
+def _fixed(table, thin:float, groups, counts) -> float:
+    "Milliseconds of the rest that stay, when `thin` are left without `counts` units of every group."
+    table.fixed = table.rest
+    most = table.channels(groups)(counts)      # all of it fixed
+    table.fixed = 0.
+    least = table.channels(groups)(counts)     # none
+    return table.rest * float(np.clip((thin - least) / (most - least), 0, 1)) if most > least else 0.
 
 # %% ../nbs/latency.ipynb #af3c3332
 def latency_report(model:nn.Module, small:nn.Module,

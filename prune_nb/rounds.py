@@ -11,8 +11,8 @@ import copy, dataclasses
 import numpy as np, torch
 from torch import nn
 from .core import UserError
-from .criteria.core import LayerScores, Scores
-from .criteria.eigendamage import rotated_energy
+from .criteria.core import LayerScores, Scores, from_menus
+from .criteria.eigendamage import rotated
 from .criteria.groups import side_of
 from .curvature.eigen import eigenbasis
 from .surgery.channels import kept, tensors_of
@@ -53,19 +53,20 @@ def within(weight, basis, values, side:int) -> tuple:
 # %% ../nbs/rounds.ipynb #3f4ea0ee
 def layer_within(layer:nn.Module, s:LayerScores) -> LayerScores:
     "The scores of a layer of low rank in the directions that it has."
-    if s.kernel is not None: return s   # Tucker's own factors are within it
     w = kernel(layer).cpu()
     (U, lu), (V, lv) = within(w, s.out_basis, s.out_values, 0), within(w, s.in_basis, s.in_values, 1)
     if U is s.out_basis and V is s.in_basis: return s
-    old, new = (rotated_energy(w, *bases) for bases in ((s.out_basis, s.in_basis), (U, V)))
+    old, new = (rotated(w, *bases).square().sum(2) for bases in ((s.out_basis, s.in_basis), (U, V)))
     kfac = s.out_values.double()[:, None] * s.in_values.double()
     curvature = torch.where(old > 1e-12 * old.max(), 2 * s.saliency.double() / old.clamp_min(1e-300), kfac)
     turned = [(a.double().mT @ b.double()).square() for a, b in ((U, s.out_basis), (V, s.in_basis))]
     saliency = .5 * turned[0] @ curvature @ turned[1].mT * new
-    return dataclasses.replace(s, saliency=saliency.to(s.saliency), out_basis=U, in_basis=V, out_values=lu, in_values=lv)
+    moments = None if s.moments is None else torch.einsum("ri,ijd,sj->rsd", turned[0], s.moments.double(), turned[1]).to(s.moments)
+    return dataclasses.replace(s, saliency=saliency.to(s.saliency), out_basis=U, in_basis=V, out_values=lu, in_values=lv, moments=moments)
 
 def scores_within(model:nn.Module, scores:Scores) -> Scores:
-    "Scores of `dense_form(...)`, every layer in the directions that it has. Scores of groups are as they were."
+    "Scores of `dense_form(...)`, every layer in the directions that it has. Scores of groups, and of methods whose own factors are within what is there, are as they were."
+    if from_menus(scores): return scores
     return dataclasses.replace(scores, layers={n: layer_within(model.get_submodule(n), l) for n, l in scores.layers.items()})
 
 # %% ../nbs/rounds.ipynb #9df935d1

@@ -110,7 +110,9 @@ class MaskPruner(MaskPruner):
     __doc__ = MaskPruner.__doc__
     def scored(self) -> Scores:
         "Saliencies of the network as it is."
-        return COLLECTORS[self.criterion.needs].collect(self.subject, [self.criterion])[0]
+        scores, = COLLECTORS[self.criterion.needs].collect(self.subject, [self.criterion])
+        if not scores.groups: raise UserError(f"No group of channels is left to prune with {self.criterion.name!r}: {'; '.join(f'{k}: {why}' for k, why in scores.skipped.items())}.")
+        return scores
 
     def rebuilt(self, saliency:dict) -> Scores:
         "Scores of these saliencies."
@@ -159,10 +161,13 @@ class HardPruner(MaskPruner):
 
     def silence(self, tensors): silence(tensors, self.masks)
 
-    @torch.no_grad()
     def after_step(self, optimizer):
-        "Weights and momentum are exactly zero where they are masked."
         self.step += 1
+        self.quiet(optimizer)
+
+    @torch.no_grad()
+    def quiet(self, optimizer):
+        "Weights and momentum are exactly zero where they are masked."
         for n, p in self.model.named_parameters(remove_duplicate=False):
             if n not in self.masks: continue
             p.mul_(self.masks[n])
@@ -229,7 +234,9 @@ class GradualPruner(HardPruner):
         if int(self.step) % self.every: return
         (loss, batches), totals = self.window.tolist(), self.totals
         self.window, self.totals = torch.zeros_like(self.window), {}
-        if self.guard is None or loss / batches <= self.guard: self.more(group_scores(self.subject, self.criterion, {n: v / batches for n, v in totals.items()}) if self.inline else self.scored())
+        if self.guard is not None and loss / batches > self.guard: return
+        self.more(group_scores(self.subject, self.criterion, {n: v / batches for n, v in totals.items()}) if self.inline else self.scored())
+        self.quiet(optimizer)
 
 # %% ../nbs/schedules.ipynb #ca106bfd
 class GradualPruner(GradualPruner):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from ..core import Progress, UserError, untouched
 from .core import collector, group_scores, reduced, reduction_of
+from ..curvature.kfac import first_examples
 from ..profile import call, device_of, to_device
 from ..surgery.coupling import Coupling, mapped
 
@@ -102,7 +103,7 @@ def over_gradients(model:nn.Module, data, visit, samples=None, loss=None, progre
         model.eval().requires_grad_(True)
         for x, y in (Progress(data, "gradients") if progress else data):
             if left <= 0: return
-            x, y = (t[:int(left)] if isinstance(t, torch.Tensor) and left < len(y) else t for t in (x, y))
+            if left < len(y): x, y = (first_examples(part, int(left), len(y)) for part in (x, y))
             for p in model.parameters(): p.grad = None
             with torch.enable_grad(): value = loss(call(model, to_device(x, device)), to_device(y, device))
             if not value.requires_grad: raise UserError("The loss does not depend on the network's parameters. Give a loss of (outputs, targets) that does.")
@@ -118,7 +119,7 @@ class Singles:
     def __iter__(self):
         for x, y in self.data:
             for i in range(len(y)):
-                part = lambda t: t[i:i + 1] if t.dim() else t
+                part = lambda t: t[i:i + 1] if t.dim() and len(t) == len(y) else t
                 yield mapped(x, part), mapped(y, part)
 
 # %% ../../nbs/criteria/groups.ipynb #31139d28

@@ -46,7 +46,7 @@ class GroupL2:
 @register
 class BNScale:
     "|gamma| of the normalisations of a unit (Liu et al., ICCV 2017, arXiv 1708.06519). Groups without a normalisation stay."
-    name, ids, needs, measures = "bn_scale", ("30",), "weights", "share"
+    name, ids, needs, measures, looks_at = "bn_scale", ("30",), "weights", "share", "scales of normalisations"
     def __call__(self, member): return member.total(member.weight.abs()) if member.side == "scale" else None
 
 # %% ../../nbs/criteria/magnitude.ipynb #4751a93c

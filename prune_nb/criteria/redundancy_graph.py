@@ -84,6 +84,7 @@ def graded(similarity:np.ndarray, norms:np.ndarray) -> np.ndarray:
 class RedundancyGraph:
     "1 less the threshold of similarity of feature maps at which a filter is left out for another that stands for it (Li et al., Neurocomputing 2024, 10.1016/j.neucom.2024.128108)."
     name, needs, measures, side = "redundancy_graph", "activations", "similarity", "outputs"
+    looks_at = "what convolutions, linear maps and embeddings give, but those within nn.MultiheadAttention and recurrent layers"
     def __call__(self, passing): return similarity(hashes(passing.values), passing.at)
     def details(self, mean, member): return dict(similarity=mean.float().cpu(), norm=member.total(member.weight.detach().abs()).cpu())   # float32, in which a share of whole numbers equals the threshold that is written like it
     def worth(self, mean, member): return torch.from_numpy(graded(*(t.numpy() for t in self.details(mean, member).values()))).to(mean)

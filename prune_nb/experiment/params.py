@@ -15,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from ..allocate import HOW, OF
 from ..core import UserError, one_of
-from ..criteria import activations, eigendamage, geometric_median, magnitude, redundancy_graph, taylor
+from ..criteria import methods
 from ..criteria.core import METHODS, NORMALIZATIONS, REDUCTIONS, collector_of, load_criteria, method_ids
 from ..curvature.fisher import FISHERS
 from ..data import DATASETS, dataset_info

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LATENCY_BATCH', 'baseline_folder', 'given_checkpoint', 'Experiment', 'scores_of', 'planned', 'train', 'log_round',
-           'targets', 'size', 'present_ratio', 'round_folder', 'after_round', 'surgery', 'regrowth', 'prune_in_rounds',
-           'prune_while_training', 'pruner_options', 'reinitialised', 'started', 'time_both', 'outcome', 'stages_table']
+           'targets', 'size', 'present_ratio', 'round_folder', 'after_round', 'surgery', 'regrowth', 'saved',
+           'prune_in_rounds', 'prune_while_training', 'pruner_options', 'reinitialised', 'started', 'time_both',
+           'outcome', 'stages_table', 'rounds_table']
 
 # %% ../../nbs/experiment/pruning.ipynb #ece0d37c
 import copy, json, math
@@ -106,7 +107,7 @@ def scores_of(experiment, model, path) -> Scores:
         if scores.layers and model is not experiment.model: scores = scores_within(model, scores)
     path.parent.mkdir(exist_ok=True, parents=True)
     save_scores(scores, path)
-    return scores
+    return load_scores(path)   # other strides round otherwise
 
 # %% ../../nbs/experiment/pruning.ipynb #3e4c125b
 def planned(p:PruneParams, scores, ratio=None, of=None) -> Plan:
@@ -191,6 +192,13 @@ def regrowth(experiment, number:int) -> nn.Module:
     wide.prune_plan = plan_of_all(total, plan, experiment.model).as_dict()
     return wide
 
+# %% ../../nbs/experiment/pruning.ipynb #ce26e05d
+def saved(experiment, model, folder):
+    "Keep the network of a round. A run that has one is not discarded when what was asked for turns out to be impossible later."
+    save(model, folder)
+    (folder / "training.safetensors").unlink()
+    experiment.run.new = False
+
 # %% ../../nbs/experiment/pruning.ipynb #88bf0aeb
 def prune_in_rounds(experiment) -> tuple:
     "(The network before the last surgery, its scores, its result). Rounds that are done are read."
@@ -206,8 +214,7 @@ def prune_in_rounds(experiment) -> tuple:
         folder.mkdir(parents=True, exist_ok=True)
         train(experiment, model, number, folder / "training.safetensors")
         log_round(experiment, number, "trained", model)
-        save(model, folder)
-        (folder / "training.safetensors").unlink()
+        saved(experiment, model, folder)
 
 # %% ../../nbs/experiment/pruning.ipynb #b4ee21d4
 def prune_while_training(experiment) -> tuple:
@@ -221,8 +228,7 @@ def prune_while_training(experiment) -> tuple:
         train(experiment, model, 1, folder / "training.safetensors", pruner=pruner)
         save_scores(pruner.result()[0], scores); save_plan(pruner.plan, plan)
         model.prune_plan = Plan(p.method, signature(model)).as_dict()
-        save(model, folder)
-        (folder / "training.safetensors").unlink()
+        saved(experiment, model, folder)
     before, _ = after_round(experiment, 1)
     found = load_scores(scores), load_plan(plan)
     experiment.plan = found[1]
@@ -280,3 +286,9 @@ def stages_table(stages:dict) -> pd.DataFrame:
     for c in ("params", "macs", "latency_ms"): df[f"{c} left"] = (100 * df[c] / df.loc["baseline", c]).map("{:.1f} %".format)
     df[["params", "macs"]] = df[["params", "macs"]].astype(int)
     return df
+
+# %% ../../nbs/experiment/pruning.ipynb #6da377df
+def rounds_table(folder) -> pd.DataFrame|None:
+    "A row per surgery before the last training, and per training between two of them, from a run's `metrics.jsonl`. None for one-shot pruning."
+    rows = [{k: v for k, v in r.items() if k != "phase"} for r in read_metrics(folder) if r["phase"] == "round"]
+    return pd.DataFrame(rows).set_index(["round", "what"]) if rows else None
