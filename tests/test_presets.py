@@ -1,10 +1,10 @@
-"Every preset that the parameters know goes the whole way on a few fake images, with all that its family has in common with no other; what is not known is named."
-import dataclasses, functools
+"Every preset is one that the parameters accept, and one of each kind goes the whole way on a few fake images, through the code that papermill runs."
+import functools
 import numpy as np, pytest, torch
 from conftest import guard
 from PIL import Image
 from prune_nb.core import UserError
-from prune_nb.criteria.core import METHODS, find_method
+from prune_nb.criteria.core import find_method
 from prune_nb.data import dataset_info
 from prune_nb.experiment.params import PruneParams
 from prune_nb.experiment.presets import PRESETS, from_preset
@@ -12,29 +12,12 @@ from prune_nb.experiment import pruning
 from prune_nb.models import create_model
 from prune_nb.profile import latencies_ms
 
-KEYS = {f.name for f in dataclasses.fields(PruneParams)}
-AWAITED = {"c_obd", "c_obs", "kron_obd", "kron_obs", "eigendamage_ekfac", "eigendamage_separable", "improved_eigendamage", "taylor_output", "gate_obd", "taylor_second_order"}   # used, and not there yet
-
-def lacking(preset) -> set: return (preset.parameters.keys() - KEYS) | ({preset.parameters["method"]} - set(METHODS))
-
-UNIQUE = {n: p for n, p in PRESETS.items() if n == p.name}
-KNOWN = {n: p for n, p in UNIQUE.items() if not lacking(p)}
+UNIQUE = {n: p for n, p in PRESETS.items() if n == p.name}   # without names of old
 
 
-def test_nothing_is_lacking_but_what_is_awaited():
-    unknown = {n: bad for n, p in UNIQUE.items() if (bad := lacking(p) - AWAITED)}
-    assert not unknown, f"dead or unknown: {unknown}"
-
-
-def test_what_is_lacking_is_named():
-    for name in UNIQUE.keys() - KNOWN.keys():
-        with pytest.raises(UserError) as e: from_preset(PruneParams, name, {})
-        assert name in str(e.value) and any(repr(word) in str(e.value) for word in lacking(UNIQUE[name])), e.value
-
-
-def test_every_known_preset_is_accepted(monkeypatch):
+def test_every_preset_is_accepted(monkeypatch):
     monkeypatch.setattr("prune_nb.experiment.params.create_model", functools.cache(create_model))   # of the same name, for its shapes
-    for name, preset in KNOWN.items():
+    for name, preset in UNIQUE.items():
         params = from_preset(PruneParams, name, dict(preset=name))
         for k, v in preset.parameters.items(): assert getattr(params, k) == v, (name, k)
 
@@ -69,7 +52,7 @@ def small(p) -> dict:
     return quick
 
 KINDS = {}
-for preset in sorted(KNOWN.values(), key=lambda p: (p.parameters["model"] in ALIKE, p.parameters.get("ratio", 0), p.name)): KINDS.setdefault(kind(preset.parameters), preset)
+for preset in sorted(UNIQUE.values(), key=lambda p: (p.parameters["model"] in ALIKE, p.parameters.get("ratio", 0), p.name)): KINDS.setdefault(kind(preset.parameters), preset)
 KINDS[DEEPEST] = PRESETS[DEEPEST]
 
 
