@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
-from ..allocate import OF
+from ..allocate import HOW, OF
 from ..core import UserError, one_of
 from ..criteria import methods
 from ..criteria.core import METHODS, NORMALIZATIONS, REDUCTIONS, collector_of, load_criteria, method_ids
@@ -163,6 +163,8 @@ class Budget(Places):
     ratio: float = param(.75, "fraction to remove, in [0, 1)", (lambda v: 0 <= v < 1, "a number in [0, 1), the fraction that is removed"))
     of: str = param("params", f"what the ratio is of: {' | '.join(OF)}", OF)
     cap: float = param(.95, "largest share of a layer's directions, per side, or of a group's units that may go", (lambda v: 0 <= v <= 1, "a number in [0, 1]"))
+    how: str = param(None, f"way of allocation: {' | '.join(HOW)}; None: by the method", HOW)
+    threshold: float = param(None, "instead of ratio, with one_shot: what has at most this saliency goes, or what the method itself says of this threshold", positive("a number above 0"))
     fisher: str = param("mc", f"labels that gradients are taken at: {' | '.join(FISHERS)}", FISHERS)
     samples: int = param(None, "training images for the statistics; None: the recipe's", positive())
     reduction: str = param(None, f"how members of a coupled group become one: {' | '.join(REDUCTIONS)}; None: by what the method measures", REDUCTIONS)
@@ -183,7 +185,7 @@ class Baseline(Places):
 PRUNING = dict(one_shot="all at once, then training", iterative="in rounds of statistics, surgery and training", gradual="some units every few batches of training",
                soft="the least filters are zeroed after every epoch and may return", soft_asymptotic="soft, more of them every epoch", hard="chosen once, zero while training",
                regularized="a growing L2 penalty on what will go, then surgery")
-ONLY = dict(rounds=("iterative",), round_ratios=("iterative",), regrow=("iterative",), prune_epochs=("gradual", "soft", "soft_asymptotic", "hard", "regularized"),
+ONLY = dict(threshold=("one_shot",), rounds=("iterative",), round_ratios=("iterative",), regrow=("iterative",), prune_epochs=("gradual", "soft", "soft_asymptotic", "hard", "regularized"),
             prune_every=("gradual",), prune_units=("gradual",), prune_momentum=("gradual",), loss_guard=("gradual",), penalty=("regularized",))   # which schedules a parameter is for
 
 # %% ../../nbs/experiment/params.ipynb #4f88e30a

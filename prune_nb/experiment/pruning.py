@@ -115,7 +115,8 @@ def scores_of(experiment, model, path) -> Scores:
 # %% ../../nbs/experiment/pruning.ipynb #3e4c125b
 def planned(p:PruneParams, scores, ratio=None, of=None) -> Plan:
     "The allocation that the parameters describe, of another budget when one is given."
-    return allocate(scores, p.ratio if ratio is None else ratio, of or p.of, p.cap)
+    if p.threshold is not None: return allocate(scores, cap=p.cap, how=p.how, threshold=p.threshold)
+    return allocate(scores, p.ratio if ratio is None else ratio, of or p.of, p.cap, p.how)
 
 # %% ../../nbs/experiment/pruning.ipynb #9cebeec1
 def train(experiment, model, number:int, # of the segment of training, from 1
@@ -278,7 +279,7 @@ def outcome(experiment) -> dict:
     p, plan, before = experiment.params, experiment.result.plan, experiment.before
     loss, base = (evaluate(m, experiment.images)["loss"] for m in (plan.masked(before), before))
     expected = predicted(plan)
-    return dict(method=p.method, model=p.model, dataset=p.dataset, ratio=p.ratio, of=p.of, seed=p.seed, **experiment.stages,
+    return dict(method=p.method, model=p.model, dataset=p.dataset, ratio=p.ratio if p.threshold is None else None, of=p.of, seed=p.seed, **experiment.stages,
                 predicted_loss_change=None if math.isnan(expected) else expected, measured_loss_change=loss - base, device=str(torch_device(p.device)))
 
 # %% ../../nbs/experiment/pruning.ipynb #aca05ac5
