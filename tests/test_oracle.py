@@ -1,7 +1,7 @@
 "What criteria say of units, against what happens without them, on a network that knows the digits; and nbs/oracle.ipynb."
 import pandas as pd, pytest, torch
 import torch.nn.functional as F
-from conftest import execute
+from conftest import execute, guard
 from prune_nb.api import prune
 from prune_nb.core import UserError
 from prune_nb.criteria.core import METHODS, score
@@ -160,6 +160,7 @@ def test_notebook_puts_every_criterion_beside_the_truth(study):
     assert table.loc[["eigendamage", "l1", "oracle"], "accuracy at macs -0.5"].notna().all()
     assert sum("application/vnd.plotly.v1+json" in o.get("data", {}) for o in done.outputs) == 4
 
-def test_wrong_parameters_stop_the_notebook(tmp_path):
-    done = execute(tmp_path, "oracle", methods="l1 l7")
-    assert done.returncode != 0 and "Invalid method 'l7'. Did you mean 'l1'?" in done.stderr
+def test_wrong_parameters_stop_the_notebook():
+    assert guard("oracle", methods="22 l1", units=4).names() == ["taylor_gate", "l1"]
+    with pytest.raises(UserError, match="Invalid method 'l7'"): guard("oracle", methods="l1 l7")
+    with pytest.raises(UserError, match="Invalid parameter 'unit'"): guard("oracle", unit=4)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLAIN', 'MEMORY', 'Reader', 'readers_of', 'multiply_inputs', 'largest_output', 'silences', 'Gates', 'chunk_of',
            'losses', 'depends', 'differentiated', 'gradients_of_each', 'second_derivatives', 'Batch', 'Gate',
-           'batches_of', 'Running', 'over_batches', 'said_by', 'from_gates']
+           'batches_of', 'over_batches', 'said_by', 'from_gates']
 
 # %% ../../nbs/criteria/gates.ipynb #b0a270d0
 import contextlib, math
@@ -19,7 +19,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..core import Progress, UserError, untouched
 from .core import collector, group_scores
-from .groups import members_of
+from .groups import Running, members_of
 from ..profile import attention_fastpath_off, call, device_of, to_device
 from ..surgery.channels import INPUT
 from ..surgery.coupling import all_tensors, mapped
@@ -241,17 +241,6 @@ def batches_of(data, samples:int=None, device="cpu", progress=True):
         x, y = (to_device(mapped(t, lambda t: t[:n] if t.dim() else t), device) for t in (x, y))
         left -= n
         yield x, y, n
-
-# %% ../../nbs/criteria/gates.ipynb #28790b00
-class Running:
-    "Mean of values by group over the examples of batches; or with `momentum` m a running one, m x old + (1 - m) x new for each batch."
-    def __init__(self, momentum=None): self.momentum, self.values, self.examples = momentum, {}, 0
-
-    def add(self, values:dict, n):
-        self.examples += n
-        for g, v in values.items():
-            old = self.values.get(g, v)
-            self.values[g] = old + (v - old) * (n / self.examples if self.momentum is None else 1 - self.momentum)
 
 # %% ../../nbs/criteria/gates.ipynb #7a7e20a2
 def over_batches(subject,
