@@ -61,7 +61,7 @@ def multiply_inputs(gates, reader):
     "A hook that multiplies the inputs of a layer by its gates."
     m = reader.module
     def hook(_, args):
-        gates.called.add(reader.name)
+        if args: gates.called.add(reader.name)
         if not gates.z.keys() & reader.units.keys() or reader.name not in gates.at_inputs: return None
         f = reader.factor(gates.z)
         if not isinstance(m, nn.Linear): f = f.repeat(m.groups)[(...,) + (None,) * (m.weight.dim() - 2)]
@@ -94,8 +94,9 @@ def silences(gates, group) -> bool:
 class Gates:
     "Inside `with`, a network with gates: in evaluation mode, its parameters frozen. Everything is as before afterwards."
     def __init__(self, subject):
-        self.subject, self.model, self.loss, self.z, self.called, self.at_inputs = subject, subject.model, subject.loss or F.cross_entropy, {}, set(), set()
-        self.tried = {}
+        self.subject, self.model, self.loss = subject, subject.model, subject.loss or F.cross_entropy
+        self.z, self.called, self.at_inputs = {}, set(), set()   # gates that are not 1; readers that run as layers, and those of them that are gated there
+        self.tried = {}                                          # group name -> what `silences` says
         self.readers = readers_of(members_of(self.model, subject.coupling))
         like = next((r.weight for r in self.readers), torch.ones(1))
         self.ones = {g.name: like.new_ones(g.units).detach() for g in subject.coupling.groups if any(g.name in r.units for r in self.readers)}
@@ -108,7 +109,7 @@ class Gates:
             for _, p in self.model.named_parameters(remove_duplicate=False): times[id(p)] = times.get(id(p), 0) + 1
             for r in self.readers:
                 if type(r.module) in PLAIN and r.weight is r.module.weight and times[id(r.weight)] == 1: stack.callback(r.module.register_forward_pre_hook(multiply_inputs(self, r)).remove)
-            self.bytes, self.at_inputs = largest_output(self.model, self.subject.example), self.called
+            self.bytes, self.at_inputs = largest_output(self.model, self.subject.example), set(self.called)
             self.exits = stack.pop_all()
         return self
 
@@ -126,6 +127,7 @@ class Gates:
         return self.loss(self.outputs(z, x), y)
 
     def silences(self, group) -> bool:
+        "`silences`, tried once."
         if group.name not in self.tried: self.tried[group.name] = silences(self, group)
         return self.tried[group.name]
 
