@@ -1,7 +1,7 @@
 "What criteria say of units, against what happens without them, on a network that knows the digits; and nbs/oracle.ipynb."
 import pandas as pd, pytest, torch
 import torch.nn.functional as F
-from conftest import execute
+from conftest import execute, guard
 from prune_nb.api import prune
 from prune_nb.core import UserError
 from prune_nb.criteria.core import METHODS, score
@@ -52,9 +52,9 @@ def test_whole_quadratic_model_is_better_than_curvature_alone_and_than_slopes(sc
     assert all(both[k] > max(curvature[k], slopes[k]) for k in both)
 
 
-@pytest.mark.parametrize("layer, side", [("conv2", "rows"), ("fc1", "rows"), ("fc1", "cols")])
+@pytest.mark.parametrize("layer, side", [("fc1", "rows"), ("fc1", "cols"), ("fc2", "rows"), ("fc2", "cols")])
 def test_directions_of_eigendamage_against_what_happens(lenet, layer, side):
-    "The rows and columns of a layer in its eigenbasis, one silenced at a time."
+    "Rows and columns of a linear layer in its eigenbasis, one silenced at a time. (Of convolutions, where positions are taken for independent, the correlation is about a half.)"
     model, images = lenet
     scores = score(model, images, "eigendamage", fisher="exact", progress=False)
     l, base = scores.layers[layer], evaluate(model, images)["loss"]
@@ -114,10 +114,10 @@ def test_dead_units_and_a_dead_group_are_worth_nothing(method):
     with torch.no_grad():
         net[0].bias[2], net[2].bias[:] = -100, -100.            # a unit, and all units of the second group
     found = score(net, [(x, torch.randint(2, (8,)))], method, progress=False).groups
-    assert found["0"].saliency.eq(0).all() and found["2"].saliency.eq(0).all()
+    assert all(found[g].saliency.abs().max() <= 1e-6 for g in ("0", "2"))
     with torch.no_grad(): net[2].bias[:] = 1
     found = score(net, [(x, torch.randint(2, (8,)))], method, progress=False).groups
-    assert found["0"].saliency[2] == 0 and found["2"].saliency.abs().max() > 0
+    assert abs(found["0"].saliency[2]) <= 1e-6 and found["2"].saliency.abs().max() > 0
 
 
 def test_oracle_prunes(lenet, truth):
@@ -138,6 +138,7 @@ def test_attention(name):
         for p in net.parameters(): p.add_(.1 * torch.randn_like(p))
     data = [(torch.randn(4, 3, 16, 16), torch.randint(5, (4,)))]
     table = unit_oracle(net, data, units=2, progress=False)
+    net.requires_grad_(False)
     coupling, base = trace(net, data[0][0]), F.cross_entropy(net(data[0][0]), data[0][1])
     assert set(table.group) == {g.name for g in coupling.groups}
     for r in table.itertuples(): assert float(F.cross_entropy(coupling.plan({r.group: [r.unit]}).apply(net)(data[0][0]), data[0][1]) - base) == pytest.approx(r.rise, abs=2e-4)
@@ -159,6 +160,7 @@ def test_notebook_puts_every_criterion_beside_the_truth(study):
     assert table.loc[["eigendamage", "l1", "oracle"], "accuracy at macs -0.5"].notna().all()
     assert sum("application/vnd.plotly.v1+json" in o.get("data", {}) for o in done.outputs) == 4
 
-def test_wrong_parameters_stop_the_notebook(tmp_path):
-    done = execute(tmp_path, "oracle", methods="l1 l7")
-    assert done.returncode != 0 and "Invalid method 'l7'. Did you mean 'l1'?" in done.stderr
+def test_wrong_parameters_stop_the_notebook():
+    assert guard("oracle", methods="22 l1", units=4).names() == ["taylor_gate", "l1"]
+    with pytest.raises(UserError, match="Invalid method 'l7'"): guard("oracle", methods="l1 l7")
+    with pytest.raises(UserError, match="Invalid parameter 'unit'"): guard("oracle", unit=4)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLAIN', 'MEMORY', 'Reader', 'readers_of', 'multiply_inputs', 'largest_output', 'silences', 'Gates', 'chunk_of',
            'losses', 'depends', 'differentiated', 'gradients_of_each', 'second_derivatives', 'Batch', 'Gate',
-           'batches_of', 'Running', 'over_batches', 'said_by', 'from_gates']
+           'batches_of', 'over_batches', 'said_by', 'from_gates']
 
 # %% ../../nbs/criteria/gates.ipynb #b0a270d0
 import contextlib, math
@@ -19,7 +19,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..core import Progress, UserError, untouched
 from .core import collector, group_scores
-from .groups import members_of
+from .groups import Running, members_of
 from ..profile import attention_fastpath_off, call, device_of, to_device
 from ..surgery.channels import INPUT
 from ..surgery.coupling import all_tensors, mapped
@@ -61,7 +61,7 @@ def multiply_inputs(gates, reader):
     "A hook that multiplies the inputs of a layer by its gates."
     m = reader.module
     def hook(_, args):
-        gates.called.add(reader.name)
+        if args: gates.called.add(reader.name)
         if not gates.z.keys() & reader.units.keys() or reader.name not in gates.at_inputs: return None
         f = reader.factor(gates.z)
         if not isinstance(m, nn.Linear): f = f.repeat(m.groups)[(...,) + (None,) * (m.weight.dim() - 2)]
@@ -94,8 +94,9 @@ def silences(gates, group) -> bool:
 class Gates:
     "Inside `with`, a network with gates: in evaluation mode, its parameters frozen. Everything is as before afterwards."
     def __init__(self, subject):
-        self.subject, self.model, self.loss, self.z, self.called, self.at_inputs = subject, subject.model, subject.loss or F.cross_entropy, {}, set(), set()
-        self.tried = {}
+        self.subject, self.model, self.loss = subject, subject.model, subject.loss or F.cross_entropy
+        self.z, self.called, self.at_inputs = {}, set(), set()   # gates that are not 1; readers that run as layers, and those of them that are gated there
+        self.tried = {}                                          # group name -> what `silences` says
         self.readers = readers_of(members_of(self.model, subject.coupling))
         like = next((r.weight for r in self.readers), torch.ones(1))
         self.ones = {g.name: like.new_ones(g.units).detach() for g in subject.coupling.groups if any(g.name in r.units for r in self.readers)}
@@ -108,7 +109,7 @@ class Gates:
             for _, p in self.model.named_parameters(remove_duplicate=False): times[id(p)] = times.get(id(p), 0) + 1
             for r in self.readers:
                 if type(r.module) in PLAIN and r.weight is r.module.weight and times[id(r.weight)] == 1: stack.callback(r.module.register_forward_pre_hook(multiply_inputs(self, r)).remove)
-            self.bytes, self.at_inputs = largest_output(self.model, self.subject.example), self.called
+            self.bytes, self.at_inputs = largest_output(self.model, self.subject.example), set(self.called)
             self.exits = stack.pop_all()
         return self
 
@@ -126,6 +127,7 @@ class Gates:
         return self.loss(self.outputs(z, x), y)
 
     def silences(self, group) -> bool:
+        "`silences`, tried once."
         if group.name not in self.tried: self.tried[group.name] = silences(self, group)
         return self.tried[group.name]
 
@@ -241,17 +243,6 @@ def batches_of(data, samples:int=None, device="cpu", progress=True):
         x, y = (to_device(mapped(t, lambda t: t[:n] if t.dim() else t), device) for t in (x, y))
         left -= n
         yield x, y, n
-
-# %% ../../nbs/criteria/gates.ipynb #28790b00
-class Running:
-    "Mean of values by group over the examples of batches; or with `momentum` m a running one, m x old + (1 - m) x new for each batch."
-    def __init__(self, momentum=None): self.momentum, self.values, self.examples = momentum, {}, 0
-
-    def add(self, values:dict, n):
-        self.examples += n
-        for g, v in values.items():
-            old = self.values.get(g, v)
-            self.values[g] = old + (v - old) * (n / self.examples if self.momentum is None else 1 - self.momentum)
 
 # %% ../../nbs/criteria/gates.ipynb #7a7e20a2
 def over_batches(subject,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'side_of', 'Member', 'nearest_first', 'members_of', 'unit_values', 'from_weights', 'over_gradients',
-           'Singles', 'from_gradients']
+           'Running', 'from_gradients', 'Singles']
 
 # %% ../../nbs/criteria/groups.ipynb #9daca846
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from ..core import Progress, UserError, untouched
 from .core import collector, group_scores, reduced, reduction_of
 from ..curvature.kfac import first_examples
 from ..profile import call, device_of, to_device
-from ..surgery.coupling import Coupling, mapped
+from ..surgery.coupling import Coupling
 
 # %% ../../nbs/criteria/groups.ipynb #8cec2a3f
 SIDES = ("outputs", "inputs", "scale", "shift", "other")
@@ -112,6 +112,28 @@ def over_gradients(model:nn.Module, data, visit, samples=None, loss=None, progre
             left -= len(y)
             visit(len(y), value.item())
 
+# %% ../../nbs/criteria/groups.ipynb #01cf1942
+class Running:
+    "Mean of values by name over the examples of batches; or with `momentum` m a running one, m x old + (1 - m) x new for each batch."
+    def __init__(self, momentum=None): self.momentum, self.values, self.examples = momentum, {}, 0
+
+    def add(self, values:dict, n):
+        self.examples += n
+        for k, v in values.items():
+            old = self.values.get(k, v)
+            self.values[k] = old + (v - old) * (n / self.examples if self.momentum is None else 1 - self.momentum)
+
+# %% ../../nbs/criteria/groups.ipynb #6ef236a0
+@collector("gradients")
+def from_gradients(subject, criteria) -> list:
+    "Scores of criteria that look at weights and gradients, one pass for all."
+    members, loss, means = members_of(subject.model, subject.coupling, subject.seed), Running(), [Running(getattr(c, "momentum", None)) for c in criteria]
+    def visit(n, value):
+        for c, mean in zip(criteria, means): mean.add(unit_values(c, members, reduction_of(c, subject)), n)
+        loss.add({"loss": value}, n)
+    over_gradients(subject.model, subject.data, visit, subject.samples, subject.loss, subject.progress)
+    return [group_scores(subject, c, mean.values, loss.examples, loss.values["loss"]) for c, mean in zip(criteria, means)]
+
 # %% ../../nbs/criteria/groups.ipynb #833f34fd
 class Singles:
     "Batches of one example each."
@@ -121,30 +143,3 @@ class Singles:
             for i in range(len(y)):
                 part = lambda t: t[i:i + 1] if t.dim() and len(t) == len(y) else t
                 yield mapped(x, part), mapped(y, part)
-
-# %% ../../nbs/criteria/groups.ipynb #31139d28
-class _Average:
-    "Mean over examples of the values of every group, of several criteria."
-    def __init__(self, subject, criteria):
-        members = members_of(subject.model, subject.coupling, subject.seed)
-        self.what, self.totals, self.examples, self.loss = [(c, members, reduction_of(c, subject)) for c in criteria], [{} for _ in criteria], 0, 0.
-
-    def __call__(self, n, loss):
-        for what, total in zip(self.what, self.totals):
-            for g, v in unit_values(*what).items(): total[g] = total.get(g, 0) + n * v
-        self.examples, self.loss = self.examples + n, self.loss + n * loss
-
-    def scores(self, subject) -> list:
-        return [group_scores(subject, c, {g: v / self.examples for g, v in total.items()}, self.examples, self.loss / self.examples) for (c, *_), total in zip(self.what, self.totals)]
-
-# %% ../../nbs/criteria/groups.ipynb #eebc6177
-@collector("gradients")
-def from_gradients(subject, criteria) -> list:
-    "Scores of criteria that look at weights and gradients: one pass for all, and one more for those that look at every example alone."
-    out = []
-    for alone in (False, True):
-        if not (found := [c for c in criteria if getattr(c, "per_example", False) == alone]): continue
-        average = _Average(subject, found)
-        over_gradients(subject.model, Singles(subject.data) if alone else subject.data, average, subject.samples, subject.loss, subject.progress)
-        out += average.scores(subject)
-    return out

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from ..core import Progress, UserError, generator
 from .core import Subject, register
-from .gates import Gate, Running, over_batches
+from .gates import Gate, over_batches
+from .groups import Running
 from ..surgery.plan import Plan
 from ..train import evaluate
 
