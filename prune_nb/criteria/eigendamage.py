@@ -48,7 +48,7 @@ class EigenDamage:
 class EigenDamageEKFAC(EigenDamage):
     r"""EigenDamage with $\tfrac12 \sum_d S_{d,ij} (W'_{d,ij})^2$, $S$ the mean square of the gradient of single examples in the eigenbasis (EKFAC: George, Laurent, Bouthillier, Ballas & Vincent, NeurIPS 2018, arXiv 1806.03884), measured in a second pass.
     The code of EigenDamage has a place for it, and nothing that fills it."""
-    name, moments = "eigendamage_ekfac", True
+    name, moments = "eigendamage_ekfac", 1.
 
 # %% ../../nbs/criteria/eigendamage.ipynb #9da3de96
 def refined(plan:Plan, scores:Scores, fit) -> Plan:

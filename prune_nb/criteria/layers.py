@@ -7,7 +7,7 @@ __all__ = ['output_layer', 'options', 'averaged', 'collected', 'statistics', 'wi
            'from_kfac']
 
 # %% ../../nbs/criteria/layers.ipynb #d9c0d8a7
-import dataclasses
+import dataclasses, math
 import torch
 from torch import nn
 from ..core import Progress, untouched
@@ -78,12 +78,15 @@ def layer_basis(k:KFAC) -> tuple:
 
 # %% ../../nbs/criteria/layers.ipynb #b0a00e85
 def moments(subject, stats:dict, momentum:float=None) -> dict:
-    "Layer name -> (its eigenbases, second moments of the gradient of single examples in them, in the weight's shape): one more pass, for all criteria with the same `momentum`."
-    if ("moments", momentum) not in subject.shared:
-        s, bases = subject, {n: layer_basis(k) for n, k in stats.items()}
-        found = second_moments(s.model, s.data, {n: (b[0].vectors, b[1].vectors) for n, b in bases.items()}, s.fisher, s.samples, loss=s.loss, seed=s.seed, progress=s.progress)
-        subject.shared["moments", momentum] = {n: (bases[n], found[n]) for n in bases}
-    return subject.shared["moments", momentum]
+    """Layer name -> (its eigenbases, second moments of the gradient of single examples in them, in the weight's shape): one more pass for all criteria with the same `momentum`, over the first examples, the largest share
+    that one of them asks for."""
+    if (key := ("moments", momentum)) not in subject.shared:
+        s, bases, samples = subject, {n: layer_basis(k) for n, k in stats.items()}, subject.samples
+        share = max((c.moments for c in s.criteria if getattr(c, "moments", None) and getattr(c, "momentum", None) == momentum), default=1)
+        if share < 1: samples = math.ceil(share * next(iter(stats.values())).examples)
+        found = second_moments(s.model, s.data, {n: (b[0].vectors, b[1].vectors) for n, b in bases.items()}, s.fisher, samples, loss=s.loss, seed=s.seed, progress=s.progress)
+        subject.shared[key] = {n: (bases[n], found[n]) for n in bases}
+    return subject.shared[key]
 
 # %% ../../nbs/criteria/layers.ipynb #e30aac44
 @collector("kfac", ranks="layers")
@@ -96,6 +99,6 @@ def from_kfac(subject, criteria) -> list:
         if len(all_stats) > 1: skipped[output_layer(model, all_stats, subject.example)] = "the output layer"
         skipped |= {k: why for k in all_stats if k not in skipped and (why := unfactorizable(model.get_submodule(k)))}
         stats = {k: without_bias(model.get_submodule(k), f) for k, f in all_stats.items() if k not in skipped}
-        more = moments(subject, stats, momentum) if getattr(c, "moments", False) and stats else {}
+        more = moments(subject, stats, momentum) if getattr(c, "moments", None) and stats else {}
         found.append(layer_scores(subject, c, {k: c(model.get_submodule(k), f, *more.get(k, ())) for k, f in stats.items()}, skipped, all_stats.examples, all_stats.loss))
     return found
