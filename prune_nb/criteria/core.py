@@ -218,20 +218,22 @@ def some_examples(x, at:slice, # which
     parts = [some_examples(v, at, n, True) for v in x]
     return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
 
-# %% ../../nbs/criteria/core.ipynb #924a01f5
-def _examples(x, y) -> int:
-    "How many examples inputs and targets have, where both say the same."
-    n = len(y) if isinstance(y, (list, tuple)) or isinstance(y, torch.Tensor) and y.dim() else None
-    lengths = lambda v, within=False: [len(v)] if isinstance(v, torch.Tensor) and v.dim() else [l for w in (v.values() if isinstance(v, dict) else v) for l in lengths(w, True)] + [len(v)] * (within and isinstance(v, list)) if isinstance(v, (dict, tuple, list)) else []
-    return n if n in lengths(x) else None
+# %% ../../nbs/criteria/core.ipynb #83a1d642
+def _lengths(x, within=False) -> list:
+    "Of all tensors, and lists within tuples and dicts."
+    if isinstance(x, torch.Tensor): return [len(x)] if x.dim() else []
+    if not isinstance(x, (dict, tuple, list)): return []
+    return [n for v in (x.values() if isinstance(x, dict) else x) for n in _lengths(v, True)] + [len(x)] * (within and isinstance(x, list))
 
 # %% ../../nbs/criteria/core.ipynb #83649ec4
 def first_example(data):
     "The inputs of the first example of an iterable of `(inputs, targets)`, or the inputs that `data` are."
     if is_example(data): return data
     for batch in data:
-        if isinstance(batch, (tuple, list)) and len(batch) == 2: return some_examples(batch[0], slice(1), _examples(*batch))
-        raise UserError(f"Each item of data must be a pair (inputs, targets), and the first is {f'{len(batch)} things' if isinstance(batch, (tuple, list)) else f'a {type(batch).__name__}'}. Several inputs go into a tuple or dict of their own: ((a, b), targets).")
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2: raise UserError(f"Each item of data must be a pair (inputs, targets), and the first is {f'{len(batch)} things' if isinstance(batch, (tuple, list)) else f'a {type(batch).__name__}'}. Several inputs go into a tuple or dict of their own: ((a, b), targets).")
+        (x, y), lengths = batch, _lengths(batch[0])
+        n = (_lengths(y, True) or [None])[-1]
+        return some_examples(x, slice(1), n if n in lengths else None)   # targets may be of tokens, more than examples
     raise UserError("There is nothing to score on: the data gave no batch. Pass a loader with at least one.")
 
 # %% ../../nbs/criteria/core.ipynb #86049f72
