@@ -132,7 +132,7 @@ def test_frozen_parameters_take_part(digits, method):
     assert all(torch.equal(g.saliency, again[k].saliency) for k, g in found.items())
 
 
-@pytest.mark.parametrize("method", [m for m, c in METHODS.items() if c.needs == "gradients"])
+@pytest.mark.parametrize("method", [m for m, c in METHODS.items() if c.needs in ("gradients", "gates")])
 def test_a_parameter_without_gradient_counts_as_zero(method):
     "A branch that the loss does not see; everything else is scored."
     class Branch(torch.nn.Module):

@@ -7,7 +7,7 @@ __all__ = ['TENSORS', 'PLAIN', 'COSTS', 'METHODS', 'COLLECTORS', 'ELSEWHERE', 'M
            'LayerScores', 'GroupScores', 'Scores', 'save_scores', 'load_scores', 'least_half', 'scores_table',
            'Collector', 'collector', 'register', 'method_ids', 'find_method', 'collector_of', 'tagged', 'load_criteria',
            'reduced', 'normalized', 'is_example', 'some_examples', 'first_example', 'Subject', 'reduction_of',
-           'group_scores', 'layer_scores', 'score']
+           'group_scores', 'layer_scores', 'finished', 'from_menus', 'score']
 
 # %% ../../nbs/criteria/core.ipynb #db978907
 import importlib, json
@@ -36,7 +36,8 @@ class LayerScores:
     in_basis: torch.Tensor       # C_in x C_in
     out_values: torch.Tensor     # C_out eigenvalues of the gradient factor
     in_values: torch.Tensor      # C_in eigenvalues of the input factor
-    kernel: torch.Tensor = None  # the weight, C_out x C_in x taps, of methods that choose from menus
+    kernel: torch.Tensor = None  # the weight, C_out x C_in x taps, of methods that make factors of it
+    moments: torch.Tensor = None # C_out x C_in x taps: second moments of the gradient along the pairs of directions, of methods that measure them
 
     @property
     def rows(self) -> torch.Tensor: return self.saliency.sum(1)
@@ -68,13 +69,14 @@ class Scores:
     skipped: dict = field(default_factory=dict)  # layer name, or parameter[dimension] -> why it has no scores
     groups: dict = field(default_factory=dict)   # group name -> GroupScores
     costs: Costs = None            # of the groups
-    settings: dict = field(default_factory=dict) # what saliencies of groups are: `measures`, `reduction`, `normalization`
+    settings: dict = field(default_factory=dict) # what saliencies of groups are: `measures`, `reduction`, `normalization`; what the criterion adds
+    curvature: dict = field(default_factory=dict) # layer name -> {name: tensor}, what a criterion needs when it finishes a plan
 
     @property
     def bases(self) -> dict: return {k: (l.out_basis, l.in_basis) for k, l in self.layers.items()}
 
 # %% ../../nbs/criteria/core.ipynb #2544b7b9
-TENSORS = ("saliency", "out_basis", "in_basis", "out_values", "in_values", "kernel")
+TENSORS = ("saliency", "out_basis", "in_basis", "out_values", "in_values", "kernel", "moments")
 PLAIN = ("method", "model", "params", "macs", "examples", "loss", "skipped", "settings")
 COSTS = ("sizes", "slopes", "params", "macs")
 
@@ -86,6 +88,7 @@ def save_scores(scores:Scores, path):
     groups = {k: [g.group.units, {n: {d: packed(at) for d, at in dims.items()} for n, dims in g.group.members.items()}] for k, g in scores.groups.items()}
     tensors = {f"{k}/{t}": getattr(l, t) for k, l in scores.layers.items() for t in TENSORS if getattr(l, t) is not None}
     for k, g in scores.groups.items(): tensors |= {f"{k}/units": g.saliency} | {f"{k}/of units/{name}": t for name, t in g.details.items()}
+    tensors |= {f"{k}/curvature/{t}": v for k, kept in scores.curvature.items() for t, v in kept.items()}
     if scores.costs: tensors |= {f"/{c}": torch.from_numpy(getattr(scores.costs, c)) for c in COSTS}
     save_tensors(path, tensors, scores=plain, layers=shapes, groups=groups, costs=scores.costs.groups if scores.costs else None)
 
@@ -98,7 +101,10 @@ def load_scores(path) -> Scores:
     details = lambda k: {n.removeprefix(f"{k}/of units/"): t for n, t in tensors.items() if n.startswith(f"{k}/of units/")}
     groups = {k: GroupScores(_group(k, *g), tensors[f"{k}/units"], details(k)) for k, g in meta.get("groups", {}).items()}
     found = Costs(meta["costs"], *(tensors[f"/{c}"].numpy() for c in COSTS)) if meta.get("costs") else None
-    return Scores(layers=layers, groups=groups, costs=found, **meta["scores"])
+    curvature = {}
+    for layer, part, t in (k.rpartition("/curvature/") for k in tensors):
+        if part: curvature.setdefault(layer, {})[t] = tensors[layer + part + t]
+    return Scores(layers=layers, groups=groups, costs=found, curvature=curvature, **meta["scores"])
 
 # %% ../../nbs/criteria/core.ipynb #8bfa65c4
 def _group(name, units, members) -> Group: return Group(name, units, {n: {int(d): unpacked(at, units) for d, at in dims.items()} for n, dims in members.items()})
@@ -250,6 +256,8 @@ class Subject:
     reduction: str = None
     normalization: str = None
     progress: bool = True
+    criteria: list = field(default_factory=list)   # all that are asked for
+    shared: dict = field(default_factory=dict, repr=False)  # what one collector leaves for others
 
     @cached_property
     def example(self): return first_example(self.data)
@@ -294,6 +302,17 @@ def layer_scores(subject:Subject,
     "Scores of layers in their eigenbases."
     return Scores(criterion.name, layers, signature(subject.model), count_params(subject.model), count_macs(subject.model, subject.example), examples, loss, skipped)
 
+# %% ../../nbs/criteria/core.ipynb #26e7f643
+def finished(plan, scores:Scores):
+    "A plan of these scores, with what their method still does to it."
+    finish = getattr(METHODS.get(scores.method), "finish_plan", None)
+    return finish(plan, scores) if finish else plan
+
+# %% ../../nbs/criteria/core.ipynb #b7fd30aa
+def from_menus(scores:Scores) -> bool:
+    "Whether the method of these scores chooses a form and ranks for every layer from a menu, by what they cost and lose."
+    return getattr(METHODS.get(scores.method), "menus", False)
+
 # %% ../../nbs/criteria/core.ipynb #0fce280b
 def _checked(methods:list, data, reduction, normalization):
     for name in methods:
@@ -320,7 +339,8 @@ def score(model:nn.Module,
     ignore = [ignore] if isinstance(ignore, str) else list(ignore)
     for n in ignore: one_of("layer to ignore", n, [n for n, _ in model.named_modules() if n])
     _checked(names, data, reduction, normalization)
-    subject, criteria, out = Subject(model, data, samples, fisher, loss, seed, ignore, reduction, normalization, progress), [METHODS[n]() for n in names], {}
+    criteria, out = [METHODS[n]() for n in names], {}
+    subject = Subject(model, data, samples, fisher, loss, seed, ignore, reduction, normalization, progress, criteria)
     for kind in dict.fromkeys(c.needs for c in criteria):
         out |= {s.method: s for s in COLLECTORS[kind].collect(subject, [c for c in criteria if c.needs == kind])}
     for s in out.values():

@@ -88,7 +88,7 @@ def whitened(shape:LayerShape,
 @register
 class CurvatureTucker(EigenDamage):
     "Tucker-2 by HOOI of the kernel whitened by its K-FAC factors, or low rank: all layers choose from menus of forms and ranks, by one price for their cost. Saliencies shown are EigenDamage's."
-    name = "curvature_tucker"
+    name, menus = "curvature_tucker", True
 
     def __call__(self, layer:nn.Module, stats) -> LayerScores:
         scores = super().__call__(layer, stats)
