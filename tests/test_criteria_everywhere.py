@@ -12,11 +12,10 @@ from prune_nb.allocate import allocate
 from prune_nb.core import UserError
 from prune_nb.criteria.core import METHODS, collector_of, score
 from prune_nb.curvature.kfac import batch_size
-from prune_nb.profile import attention_fastpath_off
 
 CHANNELS = [m for m in METHODS if collector_of(m).ranks == "groups"]
 SPREAD = """prune_nb/lenet small/resnet small/resnext small/densenet small/mobilenet_v2 small/shufflenet small/squeezenet small/vit small/swin small/convnext transformers/bert transformers/gpt2
-    gated_recurrent long_short_term_memory functional_convolution bare_matrices transposed_grouped grouped layer_in_a_loop shared_tower three_dimensions dict_of_outputs""".split()
+    gated_recurrent long_short_term_memory functional_convolution bare_matrices transposed_grouped grouped layer_in_a_loop shared_tower three_dimensions dict_of_outputs transformer_layer list_of_images grouped_query_expand squeeze_excite""".split()
 NORMS = {"bn_scale", "taylor_bn"}   # which look at normalisations
 
 def pytest_generate_tests(metafunc):
@@ -27,6 +26,11 @@ def pytest_generate_tests(metafunc):
 def squares(outputs, targets):
     "A loss of anything that comes out."
     return sum(t.square().mean() for t in tensors(outputs) if t.is_floating_point())
+
+def targets(inputs):
+    "As many as there are examples: tensors' first dimension, or images in a list."
+    lists = [x for x in inputs if isinstance(x, list)] if isinstance(inputs, tuple) else []
+    return torch.zeros(len(lists[0]) if lists else batch_size(inputs))
 
 def scores_of(model, data) -> tuple[dict, dict]:
     "(Scores by method, sentences of those that have none); all methods in one call."
@@ -43,15 +47,15 @@ def scores_of(model, data) -> tuple[dict, dict]:
 @pytest.mark.filterwarnings("ignore")
 def test_scores_are_finite_and_plans_exact(case):
     model, x = randomise(case.build()), case.inputs()
-    data, before = [(x, torch.zeros(batch_size(x)))], state(model)
-    with attention_fastpath_off(): found, sentences = scores_of(model, data)
+    data, before = [(x, targets(x))], state(model)
+    found, sentences = scores_of(model, data)
     assert_same(before, state(model))
     assert found.keys() | sentences.keys() == set(CHANNELS) and all(len(s) > 40 for s in sentences.values())
     for method, scores in found.items():
         assert all(g.saliency.isfinite().all() and g.saliency.dtype == torch.float64 and len(g.saliency) == g.group.units for g in scores.groups.values()), method
         assert (METHODS[method].measures == "loss" or all((g.saliency >= 0).all() for g in scores.groups.values())), method
         assert all(isinstance(why, str) and len(why) > 10 for why in scores.skipped.values())
-        plan = allocate(scores, .3, "units")
+        plan = allocate(scores, .5, "units")
         assert plan.cuts and distance(plan.apply(model), plan.masked(model), x) <= case.tolerance, method
 
 def test_what_the_spread_is_for():
@@ -61,7 +65,7 @@ def test_what_the_spread_is_for():
         unseen |= NORMS
         model, x = case.build(), case.inputs()
         heads = next(g for g in score(model, x, "l1").groups.values() if g.group.units == 4 and any("attention" in n for n in g.group.members)).group.name
-        found, sentences = scores_of(model, [(x, torch.zeros(batch_size(x)))])
+        found, sentences = scores_of(model, [(x, targets(x))])
         assert {m for m, s in found.items() if heads not in s.groups} == unseen - sentences.keys() and all("nothing that" in found[m].skipped[heads] for m in unseen & found.keys())
 
 

@@ -14,8 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from ..core import Progress, UserError, untouched
 from .core import collector, group_scores, is_example, reduced, reduction_of, register
-from .groups import Member, members_of
-from ..curvature.kfac import batches
+from .groups import Member, members_of, up_to
 from ..profile import attention_fastpath_off, call, device_of, to_device
 from ..surgery.modules import PrunedMultiheadAttention
 
@@ -74,9 +73,9 @@ def opened(model:nn.Module):
 @torch.no_grad()
 def over_activations(model:nn.Module, data, visit, samples=None, progress=True) -> int:
     "Call `visit(examples, ...)` for every end of a layer in every batch, as `Ends` does. Number of examples. The model is as before afterwards."
-    total, pairs, device = 0, [(data, None)] if is_example(data) else data, device_of(model)
+    total, device, data = 0, device_of(model), up_to([(data, None)] if is_example(data) else data, samples)
     with untouched(model), attention_fastpath_off(), opened(model):
-        for x, _, n in (Progress(batches(pairs, samples), "activations") if progress else batches(pairs, samples)):
+        for x, _, n in (Progress(data, "activations") if progress else data):
             with Ends(model, lambda *end: visit(n, *end)): call(model.eval(), to_device(x, device))
             total += n
     return total

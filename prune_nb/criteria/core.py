@@ -6,8 +6,8 @@
 __all__ = ['TENSORS', 'PLAIN', 'COSTS', 'METHODS', 'COLLECTORS', 'ELSEWHERE', 'MEASURES', 'REDUCTIONS', 'NORMALIZATIONS',
            'LayerScores', 'GroupScores', 'Scores', 'save_scores', 'load_scores', 'least_half', 'scores_table',
            'Collector', 'collector', 'register', 'method_ids', 'find_method', 'collector_of', 'tagged', 'load_criteria',
-           'reduced', 'normalized', 'is_example', 'first_example', 'Subject', 'reduction_of', 'group_scores',
-           'layer_scores', 'finished', 'from_menus', 'score']
+           'reduced', 'normalized', 'is_example', 'some_examples', 'first_example', 'Subject', 'reduction_of',
+           'group_scores', 'layer_scores', 'finished', 'from_menus', 'score']
 
 # %% ../../nbs/criteria/core.ipynb #db978907
 import importlib, json
@@ -207,18 +207,39 @@ def normalized(saliency:torch.Tensor, normalization:str) -> torch.Tensor:
     by = NORMALIZATIONS[one_of("normalization", normalization, NORMALIZATIONS)](saliency)
     return saliency / by if by else torch.zeros_like(saliency)
 
-# %% ../../nbs/criteria/core.ipynb #83649ec4
+# %% ../../nbs/criteria/core.ipynb #91dc691b
 def is_example(data) -> bool:
     "Whether `data` are inputs of the network, and no batches of (inputs, targets)."
     return isinstance(data, (torch.Tensor, tuple, dict))
 
+def some_examples(x, at:slice, # which
+                  n:int,       # of how many; None: all tensors begin with a dimension of examples
+                  within=False):
+    "Some examples of inputs: of every tensor, and every list within a tuple or dict, that has `n` of them; the rest is left whole."
+    has = lambda: n is None or len(x) == n
+    if isinstance(x, torch.Tensor): return x[at] if x.dim() and has() else x
+    if isinstance(x, list) and within and has(): return x[at]
+    if isinstance(x, dict): return {k: some_examples(v, at, n, True) for k, v in x.items()}
+    if not isinstance(x, (tuple, list)): return x
+    parts = [some_examples(v, at, n, True) for v in x]
+    return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
+
+# %% ../../nbs/criteria/core.ipynb #83a1d642
+def _lengths(x, within=False) -> list:
+    "Of all tensors, and lists within tuples and dicts."
+    if isinstance(x, torch.Tensor): return [len(x)] if x.dim() else []
+    if not isinstance(x, (dict, tuple, list)): return []
+    return [n for v in (x.values() if isinstance(x, dict) else x) for n in _lengths(v, True)] + [len(x)] * (within and isinstance(x, list))
+
+# %% ../../nbs/criteria/core.ipynb #83649ec4
 def first_example(data):
     "The inputs of the first example of an iterable of `(inputs, targets)`, or the inputs that `data` are."
-    take = lambda x: x[:1] if isinstance(x, torch.Tensor) and x.dim() else {k: take(v) for k, v in x.items()} if isinstance(x, dict) else type(x)(map(take, x)) if isinstance(x, (tuple, list)) else x
     if is_example(data): return data
     for batch in data:
-        if isinstance(batch, (tuple, list)) and len(batch) == 2: return take(batch[0])
-        raise UserError(f"Each item of data must be a pair (inputs, targets), and the first is {f'{len(batch)} things' if isinstance(batch, (tuple, list)) else f'a {type(batch).__name__}'}. Several inputs go into a tuple or dict of their own: ((a, b), targets).")
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2: raise UserError(f"Each item of data must be a pair (inputs, targets), and the first is {f'{len(batch)} things' if isinstance(batch, (tuple, list)) else f'a {type(batch).__name__}'}. Several inputs go into a tuple or dict of their own: ((a, b), targets).")
+        (x, y), lengths = batch, _lengths(batch[0])
+        n = (_lengths(y, True) or [None])[-1]
+        return some_examples(x, slice(1), n if n in lengths else None)   # targets may be of tokens, more than examples
     raise UserError("There is nothing to score on: the data gave no batch. Pass a loader with at least one.")
 
 # %% ../../nbs/criteria/core.ipynb #86049f72
