@@ -55,8 +55,8 @@ def _progress(metrics, params) -> str:
     return f"{last['phase']}{epoch}"
 
 # %% ../../nbs/dashboard/runs.ipynb #19f89c14
-COLUMNS = ["state", "method", "model", "dataset", "ratio", "of", "seed", "accuracy", "pruned accuracy", "dense accuracy", "MACs", "MACs left", "parameters", "parameters left",
-           "latency", "latency left", "predicted loss change", "measured loss change", "seconds", "created", "asked"]
+COLUMNS = ["state", "accuracy", "pruned accuracy", "dense accuracy", "MACs left", "parameters left", "latency left", "method", "model", "dataset", "ratio", "of", "seed", "MACs", "parameters", "latency",
+           "predicted loss change", "measured loss change", "seconds", "created", "asked"]
 SAME = ("method", "model", "dataset", "ratio", "of", "seed")
 
 def _outcome(result) -> dict:
@@ -152,14 +152,16 @@ def tradeoff(df:pd.DataFrame,  # of `scan`
     look, fig = look or method_look(df.method), go.Figure()
     for dataset, part in df.groupby("dataset"):
         front = part[pareto(part[x], part[y])].sort_values(x)
-        fig.add_scatter(x=scale * front[x], y=100 * front[y], mode="lines", line=dict(color=NEUTRAL, dash="dash", shape="hv"), name=f"best so far, {dataset}", hoverinfo="skip")
+        fig.add_scatter(x=scale * front[x], y=100 * front[y], mode="lines", line=dict(color=NEUTRAL, dash="dash", shape="hv"), name=f"Pareto front, {dataset}", hoverinfo="skip")
+    dense = df.assign(cost=df[x] / df[f"{x.removesuffix(' left')} left"], text=df.model + ", " + df.dataset + ", dense").drop_duplicates("text")
+    if len(df): fig.add_scatter(x=scale * dense.cost, y=100 * dense["dense accuracy"], mode="markers", name="dense", marker=dict(color=NEUTRAL, symbol="star-open", size=11), text=dense.text, hovertemplate="%{text}<br>%{x:.4g}, %{y:.2f} %<extra></extra>")
     for method, part in df.groupby("method"):
         colour, symbol = look[method]
         hover = [f"<b>{run}</b><br>" + "<br>".join(_lines(asked)) for run, asked in zip(part.index, part.asked)]
         fig.add_scatter(x=scale * part[x], y=100 * part[y], mode="markers", name=method, marker=dict(color=colour, symbol=symbol, size=11, line=dict(color="white", width=1)),
                         customdata=list(part.index), text=hover, hovertemplate="%{text}<br>%{x:.4g}, %{y:.2f} %<extra></extra>")
     fig.update_xaxes(title=UNITS[x], rangemode="tozero").update_yaxes(title="test accuracy, %")
-    return fig.update_layout(title=f"{'Accuracy before fine-tuning' if y != 'accuracy' else 'Accuracy'} against {UNITS[x]}", template="plotly_white", height=420)
+    return fig.update_layout(title=f"{'Accuracy before fine-tuning' if y != 'accuracy' else 'Accuracy'} against {UNITS[x]}", template="plotly_white", height=400, margin=dict(l=60, r=20, t=50, b=50))
 
 def _scale(x) -> int: return 100 if x.endswith("left") else 1
 
@@ -190,7 +192,7 @@ def curves(folders) -> go.Figure:
             y = pd.to_numeric(df[column], errors="coerce")
             fig.add_trace(go.Scatter(x=df.index, y=scale * y, name=folder.name, legendgroup=folder.name, showlegend=col == 1, mode="lines+markers", line=line, marker_size=5), 1, col)
     fig.update_xaxes(title="epoch", rangemode="tozero")
-    return fig.update_layout(title="Training of the chosen runs", template="plotly_white", height=380, legend=dict(orientation="h", y=-.25))
+    return fig.update_layout(title="Training of the chosen runs", template="plotly_white", height=360, margin=dict(l=60, r=20, t=80, b=50), legend=dict(orientation="h", y=-.2, yanchor="top"))
 
 # %% ../../nbs/dashboard/runs.ipynb #c6c7db9c
 def details(folder) -> str:
@@ -207,8 +209,7 @@ def details(folder) -> str:
     return "".join(parts)
 
 # %% ../../nbs/dashboard/runs.ipynb #ca745d71
-SHOWN = dict(zip(["state", "method", "model", "dataset", "ratio", "of", "accuracy", "pruned accuracy", "dense accuracy", "MACs left", "parameters left", "latency left", "seconds", "seed", "created"],
-                 ["", "", "", "", ".4g", "", ".2%", ".2%", ".2%", ".1%", ".1%", ".1%", ".3g", "", ""]))
+SHOWN = {c: "" for c in COLUMNS[:13]} | dict.fromkeys(COLUMNS[1:4], ".2%") | dict.fromkeys(COLUMNS[4:7], ".1%") | dict(ratio=".4g", seconds=".3g", created="")
 
 def refill(chart, fig:go.Figure, click=None):
     "Draw `fig` in the widget `chart`, which keeps its zoom; `click(key)` is called with the `customdata` of a point that is clicked."
