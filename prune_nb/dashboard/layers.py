@@ -151,7 +151,7 @@ def picture(layers) -> go.FigureWidget:
     for name, marker in (("stays", dict(color=STAYS, pattern_shape="x")), ("goes", gone), ("kept", dict(color=KEPT))): fig.add_trace(go.Bar(x=[None], y=[None], name=name, marker=marker), 1, 1)
     for i in range(8): fig.add_trace(go.Bar(x=[None], y=[None], name="", visible=False, marker_color=COUPLED[i % len(COUPLED)]), 1, 1)
     size = 11 if n <= 30 else 9 if n <= 90 else 7
-    fig.update_xaxes(tickangle=-90, tickfont_size=size, dtick=1, showticklabels=n <= 150, row=1, col=1).update_yaxes(title="inputs    % kept    outputs", range=[-104, 104], tickvals=[-100, -50, 0, 50, 100], ticktext=[100, 50, 0, 50, 100], row=1, col=1)
+    fig.update_xaxes(type="category", tickangle=-90, tickfont_size=size, dtick=1, showticklabels=n <= 150, row=1, col=1).update_yaxes(title="inputs    % kept    outputs", range=[-104, 104], tickvals=[-100, -50, 0, 50, 100], ticktext=[100, 50, 0, 50, 100], row=1, col=1)
     fig.update_xaxes(title="saliency", row=2, col=1).update_yaxes(title="units", row=2, col=1).update_xaxes(title="fraction gone", tickformat=".0%", range=[0, 1], row=2, col=2)
     fig.update_layout(barmode="relative", bargap=.15, height=640, margin=dict(l=60, r=15, t=60, b=45), legend=dict(orientation="h", x=0, y=1.02, yanchor="bottom", itemclick=False, itemdoubleclick=False), hovermode="closest")
     return live(fig)
@@ -246,8 +246,7 @@ def dress(self:Layers):
         for side, (colours, patterns, texts) in enumerate(look(sides, self.scores.layers if self.scores.layers else None)):
             chart.data[2 * side].update(marker=dict(color=colours, pattern=dict(shape=patterns, fgcolor="white", size=6)), text=texts)
         for i, entry in enumerate(chart.data[12:]):
-            entry.visible = i < len(coupled)
-            if entry.visible: entry.name = f"{letter(i)}: moves with {sides.groups[coupled[i]].name}"
+            entry.update(visible=i < len(coupled), name=f"{letter(i)}: moves with {sides.groups[coupled[i]].name}" if i < len(coupled) else "")
         for t in chart.data[4:6]: t.x = self.bins.middles
         chart.layout.xaxis2.update(title=f"saliency ({self.scores.method})", **self.bins.ticks)
         chart.layout.annotations[1].text = "predicted rise of the loss (nats), by budget" if self.predicts else "share of all saliency that goes, by budget"

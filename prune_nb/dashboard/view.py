@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['INK', 'GRID', 'STYLE', 'PAGE', 'PICTURES', 'live', 'still', 'tiles', 'short', 'table', 'load_plotly', 'static_bundle',
-           'View', 'say', 'guarded', 'on', 'hold', 'busy', 'save']
+           'Fit', 'figures_in', 'View', 'say', 'guarded', 'on', 'hold', 'busy', 'save']
 
 # %% ../../nbs/dashboard/view.ipynb #4a943a71
 import contextlib, functools, html
 from pathlib import Path
-import ipywidgets as W
+import anywidget, ipywidgets as W
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
@@ -21,7 +21,7 @@ from ..core import UserError, one_of, write_atomic
 INK, GRID = "#797979", "rgba(128,128,128,.25)"   # as far from white as from the black of the dark theme
 STYLE = """<style>
 .prune-nb, .prune-nb .widget-label, .prune-nb .widget-html-content { color: var(--jp-ui-font-color1, #222) }
-.prune-nb .infolayer text, .prune-nb .xtick text, .prune-nb .ytick text { fill: var(--jp-ui-font-color1, #222) !important }
+.prune-nb .infolayer text, .prune-nb g[class$=tick] text { fill: var(--jp-ui-font-color1, #222) !important }
 .prune-nb .pn-tiles { display: flex; flex-wrap: wrap; gap: 8px; line-height: 1.35 }
 .prune-nb .pn-tile { border: 1px solid var(--jp-border-color2, #ccc); border-radius: 4px; padding: 4px 12px; min-width: 128px }
 .prune-nb .pn-tile b { display: block; font-size: 115%; white-space: nowrap }
@@ -98,6 +98,24 @@ def static_bundle(fig) -> dict:
     config = dict(displaylogo=False, responsive=True)
     return pio.renderers["plotly_mimetype"].to_mimebundle(fig.to_dict()) | {"text/html": pio.to_html(fig, config, include_plotlyjs=False, full_html=False), "text/plain": ""}
 
+# %% ../../nbs/dashboard/view.ipynb #d14fd07e
+class Fit(anywidget.AnyWidget):
+    "Makes the figures of a view as wide as the view, when they are first drawn and whenever its width changes."
+    _esm = """
+    export default { render({ el }) {
+      const view = () => el.closest(".prune-nb") || el;
+      const fits = plot => !plot.clientWidth || Math.abs((plot._fullLayout?.width ?? plot.clientWidth) - plot.clientWidth) < 2;
+      const watch = new ResizeObserver(() => { if (![...view().querySelectorAll(".js-plotly-plot")].every(fits)) window.dispatchEvent(new Event("resize")); });
+      const start = setInterval(() => { if (el.isConnected) { watch.observe(view()); clearInterval(start); } }, 50);
+      return () => { clearInterval(start); watch.disconnect(); };
+    } }
+    """
+
+# %% ../../nbs/dashboard/view.ipynb #c8f6a873
+def figures_in(box) -> list:
+    "All figures among the widgets in a box."
+    return [box] if isinstance(box, go.FigureWidget) else [f for child in getattr(box, "children", ()) for f in figures_in(child)]
+
 # %% ../../nbs/dashboard/view.ipynb #5a500180
 class View:
     "A dashboard. A subclass sets `chart`, watches widgets by `on` and puts them in place by `arrange`; it gives `data`."
@@ -109,7 +127,7 @@ class View:
 
     def arrange(self, controls, *rows):
         "Controls, below them what is said, then everything else."
-        self.box.children = (W.HTML(STYLE, layout=dict(display="none")), controls, self.status, *rows)
+        self.box.children = (W.HTML(STYLE, layout=dict(display="none")), controls, self.status, *rows, Fit())
 
     @property
     def data(self) -> pd.DataFrame:
@@ -128,6 +146,7 @@ class View:
 
     def _ipython_display_(self):
         load_plotly()
+        for fig in figures_in(self.box): fig.send_state(["_widget_data", "_widget_layout"])
         display(self.box._repr_mimebundle_() | {"text/html": "", "text/plain": f"{type(self).__name__}()"}, raw=True)
         display(static_bundle(self.figure), raw=True)
 
