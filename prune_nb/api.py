@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Result', 'report', 'share_buffers', 'operate', 'prune']
 
-# %% ../nbs/api.ipynb #c0190c26
+# %% ../nbs/api.ipynb #81b95544
 from dataclasses import dataclass, field
 import numpy as np, pandas as pd, torch
 from torch import nn
 from .allocate import allocate, check_budget
 from .core import UserError, untouched
-from .criteria.core import METHODS, Scores, find_method, first_example, is_example, score
+from .criteria.core import METHODS, Scores, collector_of, first_example, is_example, score
 from .criteria import curvature_tucker, eigendamage, geometric_median, magnitude, taylor
 from .profile import compare
 from .surgery.channels import kept
@@ -64,7 +64,7 @@ def report(model:nn.Module, small:nn.Module, plan:Plan, example) -> pd.DataFrame
 def _checked_data(data, method):
     "Inputs of an example where they are enough, or batches that can be gone through more than once."
     if is_example(data):
-        if find_method(method).needs == "weights": return
+        if not collector_of(method).targets: return
         raise UserError(f"Example inputs are not enough for {method!r}, which needs the loss: pass a DataLoader, or a list of (inputs, targets).")
     if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"): raise UserError(f"Invalid data: {type(data).__name__}. Valid: a DataLoader or a list of (inputs, targets); for methods that need weights alone also example inputs, as a tensor, a tuple or a dict.")
     if iter(data) is data: raise UserError("data can be gone through only once: pass a DataLoader, or a list of (inputs, targets), not a generator.")
@@ -121,6 +121,6 @@ def prune(model:nn.Module,
           ) -> Result:
     """A smaller copy of `model`, equal to it with the least salient parts silenced. `model` itself is untouched. Raises `UserError` for bad input and for
     a budget that cannot be met, `VerificationError` if the surgery were not exact."""
-    find_method(method); check_budget(ratio, of); _checked_data(data, method)
+    collector_of(method); check_budget(ratio, of); _checked_data(data, method)
     scores = score(model, data, method, samples, fisher, loss, seed, ignore, reduction, normalization, progress)
     return operate(model, allocate(scores, ratio, of, cap), scores, None if is_example(data) else _Head(data, samples), first_example(data))

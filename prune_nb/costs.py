@@ -126,6 +126,13 @@ class Costs:
         lost = np.bincount(self.slopes[0], self.slopes[2] * removed[self.slopes[1]], self.sizes.size).astype(np.int64)
         return int(getattr(self, of) @ (self.sizes - lost.reshape(self.sizes.shape)).prod(1))
 
+    def only(self, groups) -> "Costs":
+        "For these groups, in their order; the others stay whole."
+        number = np.full(len(self.groups), -1)
+        number[[self.groups.index(g) for g in groups]] = np.arange(len(groups))
+        size, group, fall = self.slopes
+        return Costs(list(groups), self.sizes, np.stack([size, number[group], fall])[:, number[group] >= 0], self.params, self.macs)
+
 # %% ../nbs/costs.ipynb #90174870
 def _own(model, coupling) -> tuple:
     "Name -> number of a parameter's first size, all its sizes in a row, what falls with what."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEPT', 'REMOVED', 'TRAIN', 'VALIDATION', 'NEUTRAL', 'SIDES', 'GROUPS', 'STAYS_COLOUR', 'use_in_notebooks',
            'training_curve', 'spectra', 'ranks_kept', 'saliencies', 'channels_kept', 'redundancy', 'kept', 'measured',
-           'predicted_measured', 'coupled_cells', 'layer_order', 'coupling_map']
+           'predicted_measured', 'coupled_cells', 'layer_order', 'coupling_map', 'compared']
 
 # %% ../nbs/figures.ipynb #34aa1ce5
 import math, re
@@ -198,3 +198,16 @@ def coupling_map(coupling,    # `Coupling`
                                colorscale=scale, zmin=-.5, zmax=len(palette) - .5, showscale=False, xgap=2, ygap=1, textfont=dict(color="black", size=10)))
     fig.update_yaxes(autorange="reversed", tickfont_size=10, dtick=1).update_xaxes(side="top")
     return _styled(fig, "Which channels live and die together", height=130 + 17 * max(3, len(rows))).update_layout(margin=dict(l=60 + 6 * max(map(len, rows), default=0), t=90), width=420 + 6 * max(map(len, rows), default=0))
+
+# %% ../nbs/figures.ipynb #f16741da
+def compared(table:pd.DataFrame, # of `sweep`
+             accuracy:str,       # a column of it
+             of:str) -> go.Figure:
+    "Accuracy against the share that was removed, a line for every method: the mean over seeds, and the range where there are several."
+    fig, symbols, dashes = go.Figure(), ("circle", "square", "diamond", "cross", "x", "triangle-up", "star"), ("solid", "dash", "dot")
+    for i, (method, rows) in enumerate(table[table.refused == ""].groupby("method", sort=False)):
+        seen = rows.groupby("ratio")[accuracy].agg(["mean", "min", "max"])
+        spread = dict(type="data", array=seen["max"] - seen["mean"], arrayminus=seen["mean"] - seen["min"]) if table.seed.nunique() > 1 else None
+        fig.add_trace(go.Scatter(x=seen.index, y=seen["mean"], error_y=spread, name=method, mode="lines+markers", marker=dict(symbol=symbols[i % 7], size=8), line=dict(color=GROUPS[(i * 2 + i // 7) % 7], dash=dashes[i // 7 % 3])))
+    fig.update_xaxes(title=f"share of the {of} removed", tickformat=".0%").update_yaxes(title=accuracy, tickformat=".0%")
+    return _styled(fig, accuracy, height=460).update_layout(legend=dict(orientation="v", x=1.02, y=1, xanchor="left"))

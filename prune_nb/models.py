@@ -141,7 +141,7 @@ def _densenet(depth, width, num_classes, in_channels, image_size) -> nn.Sequenti
 Architecture = namedtuple("Architecture", "build smallest_image")
 ARCHITECTURES = {
     "vgg16": Architecture(functools.partial(_vgg, VGG16), 16), "vgg19": Architecture(functools.partial(_vgg, VGG19), 16),
-    **{f"resnet{depth}": Architecture(functools.partial(_resnet, depth), 1) for depth in (20, 32, 56, 110)},
+    **{f"resnet{depth}": Architecture(functools.partial(_resnet, depth), 1) for depth in (8, 20, 32, 56, 110)},
     "preresnet29": Architecture(functools.partial(_preresnet, 29), 1), "densenet40": Architecture(functools.partial(_densenet, 40), 4),
     "lenet": Architecture(_lenet, 4)}
 

@@ -4,7 +4,7 @@ import pytest, torch
 from conftest import guard
 from prune_nb.api import prune
 from prune_nb.core import UserError
-from prune_nb.criteria.core import METHODS, find_method, load_scores, method_ids, save_scores, score
+from prune_nb.criteria.core import METHODS, collector_of, find_method, load_scores, method_ids, save_scores, score
 from prune_nb.allocate import allocate
 from prune_nb.data import load_data
 from prune_nb.models import create_model
@@ -50,7 +50,7 @@ def test_scores_are_saved_whole(digits, method, tmp_path):
     for k, l in one.layers.items():      # the layout of a matrix in memory changes the last digit
         assert dict(vars(l), predicted=0) == dict(vars(two.layers[k]), predicted=0) and l.predicted == pytest.approx(two.layers[k].predicted, rel=1e-6)
 
-@pytest.mark.parametrize("method", [m for m, c in METHODS.items() if c.needs == "weights"])
+@pytest.mark.parametrize("method", [m for m in METHODS if not collector_of(m).targets])
 def test_weights_need_no_data(digits, method):
     model, data = digits
     plan = allocate(score(model, data.example, method), .5, "macs")
@@ -62,7 +62,7 @@ def test_example_inputs_are_any_that_the_network_takes(digits, form):
     result = prune(model, form(data.example), "l1", ratio=.5)
     assert abs(left(result, model, data, "macs") - .5) <= .01 and result.verify() <= 1e-5
 
-@pytest.mark.parametrize("method", [m for m, c in METHODS.items() if c.needs != "weights"])
+@pytest.mark.parametrize("method", [m for m in METHODS if collector_of(m).targets])
 def test_others_say_that_they_need_it(digits, method):
     with pytest.raises(UserError, match=f"Example inputs are not enough for '{method}'"): prune(digits[0], digits[1].example, method)
 

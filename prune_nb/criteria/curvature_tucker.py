@@ -11,6 +11,7 @@ import numpy as np, torch
 from torch import nn
 from ..core import UserError
 from .core import LayerScores, register
+from . import layers
 from .eigendamage import EigenDamage
 from ..surgery.factorize import Factors, LayerShape, build, form_cost, kernel
 from ..surgery.low_rank import low_rank

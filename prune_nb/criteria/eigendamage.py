@@ -9,6 +9,7 @@ __all__ = ['rotated_energy', 'EigenDamage']
 import torch
 from torch import nn
 from .core import LayerScores, register
+from . import layers
 from ..curvature.eigen import eigenbasis
 from ..surgery.factorize import LayerShape
 

@@ -8,6 +8,7 @@ __all__ = ['distances', 'GeometricMedian', 'GeometricMedianL1', 'GeometricMedian
 # %% ../../nbs/criteria/geometric_median.ipynb #93d22250
 import torch
 from .core import register
+from . import groups
 
 # %% ../../nbs/criteria/geometric_median.ipynb #cb98c74f
 def distances(rows:torch.Tensor, # filters x weights

@@ -9,6 +9,7 @@ __all__ = ['L1', 'L2', 'GroupL1', 'GroupL2', 'BNScale', 'LAMP', 'Random']
 import torch
 from ..core import generator
 from .core import register
+from . import groups
 
 # %% ../../nbs/criteria/magnitude.ipynb #ef3a5f13
 @register

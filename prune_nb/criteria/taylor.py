@@ -8,6 +8,7 @@ __all__ = ['first_order', 'TaylorGate', 'TaylorWeight', 'TaylorBN', 'TaylorGateE
 # %% ../../nbs/criteria/taylor.ipynb #8ada62e5
 import torch
 from .core import register
+from . import groups
 
 # %% ../../nbs/criteria/taylor.ipynb #c51ea41b
 def first_order(member) -> torch.Tensor:

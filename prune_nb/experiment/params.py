@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ..allocate import OF
 from ..core import UserError, one_of
 from ..criteria import eigendamage, geometric_median, magnitude, taylor
-from ..criteria.core import METHODS, NORMALIZATIONS, REDUCTIONS, find_method, method_ids
+from ..criteria.core import METHODS, NORMALIZATIONS, REDUCTIONS, collector_of, method_ids
 from ..curvature.fisher import FISHERS
 from ..data import DATASETS
 from ..models import create_model
@@ -188,7 +188,7 @@ class PruneParams(Places):
 
     def validated(self):
         super().validated()
-        if find_method(self.method).needs == "kfac" and (self.reduction or self.normalization): raise UserError(f"reduction and normalization are for methods that rank groups of channels; {self.method!r} ranks directions of layers. Leave them out.")
+        if collector_of(self.method).ranks == "layers" and (self.reduction or self.normalization): raise UserError(f"reduction and normalization are for methods that rank groups of channels; {self.method!r} ranks directions of layers. Leave them out.")
         return self.complete(RECIPES["prune"])
 
     @property

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RULES', 'FACTORS', 'WHOLE_TENSOR', 'SIZED', 'LAYOUT', 'POINTWISE', 'LIKE', 'ZERO_AT_ZERO', 'CHANNELS_OF_GROUP',
-           'WIDTHS', 'SUMS', 'rule', 'tensors', 'Trace', 'quick', 'is_pointwise', 'unknown', 'joined', 'unite_over',
-           'pointwise', 'contract', 'contracted', 'plus', 'whole', 'channel_labels', 'GroupedConvolution',
+           'WIDTHS', 'SUMS', 'rule', 'tensors', 'Known', 'Trace', 'quick', 'is_pointwise', 'unknown', 'joined',
+           'unite_over', 'pointwise', 'contract', 'contracted', 'plus', 'whole', 'channel_labels', 'GroupedConvolution',
            'settle_groups', 'count', 'note_width', 'note_shape', 'reshaped', 'merged_blocks', 'moved', 'on_labels',
            'picked', 'reduced', 'affine', 'repeated_heads', 'labels_of_features', 'settle_slices']
 
@@ -39,28 +39,12 @@ def tensors(x) -> list:
     return [x] if isinstance(x, torch.Tensor) else [t for y in x for t in tensors(y)] if isinstance(x, (list, tuple)) else []
 
 # %% ../../nbs/surgery/rules.ipynb #eceb631a
-class Trace(TorchDispatchMode):
-    "Carries labels along while a network runs."
-    def __init__(self, named:dict, # id of a parameter or buffer -> (name, whether its values are silenced with its labels)
-                 heads="whole"):   # what goes of attention: `whole` heads, or the same `features` of all heads
+class Known:
+    "Which labels the dimensions of tensors carry."
+    def __init__(self, named:dict): # id of a parameter or buffer -> (name, whether its values are silenced with its labels)
         super().__init__()
-        self.heads = heads
-        self.labels, self.named, self.asleep = Labels(), named, 0
+        self.labels, self.named = Labels(), named
         self.leaves = {}          # name of a parameter, buffer or count -> {dimension: labels}
-        self.log = []             # operations, the numbers that they were given, but for sizes, and what came out
-        self.modules = []         # (name, module) of those that run, the innermost last
-        self.normalizers = set()  # names of modules that normalise over labels
-        self.grouped = []         # grouped convolutions, and the modules that run them
-        self.components = None    # of the labels, once all is united
-        self.parts = {}           # slices of dimensions, until all are known
-
-    @property
-    def module(self) -> str: return self.modules[-1][0] if self.modules else ""
-
-    @property
-    def normalizer(self) -> str|None:
-        "The module that runs, when it is a normalisation."
-        return next((n for n, m in reversed(self.modules) if re.search("Norm|GRN|GlobalResponse", type(m).__name__)), None)
 
     def known(self, t:torch.Tensor) -> list:
         "The factors of a tensor."
@@ -93,6 +77,28 @@ class Trace(TorchDispatchMode):
         "What a tensor knows stays (of the dimensions `dims`, when given)."
         for f in self.known(t):
             if dims is None or set(f.dims) & set(dims): self.labels.freeze(f.labels, why)
+
+# %% ../../nbs/surgery/rules.ipynb #344dee7c
+class Trace(Known, TorchDispatchMode):
+    "Carries labels along while a network runs."
+    def __init__(self, named:dict, # as of `Known`
+                 heads="whole"):   # what goes of attention: `whole` heads, or the same `features` of all heads
+        super().__init__(named)
+        self.heads, self.asleep = heads, 0
+        self.log = []             # operations, the numbers that they were given, but for sizes, and what came out
+        self.modules = []         # (name, module) of those that run, the innermost last
+        self.normalizers = set()  # names of modules that normalise over labels
+        self.grouped = []         # grouped convolutions, and the modules that run them
+        self.components = None    # of the labels, once all is united
+        self.parts = {}           # slices of dimensions, until all are known
+
+    @property
+    def module(self) -> str: return self.modules[-1][0] if self.modules else ""
+
+    @property
+    def normalizer(self) -> str|None:
+        "The module that runs, when it is a normalisation."
+        return next((n for n, m in reversed(self.modules) if re.search("Norm|GRN|GlobalResponse", type(m).__name__)), None)
 
     @classmethod
     def _should_skip_dynamo(cls): return False     # else the first use loads the compiler
