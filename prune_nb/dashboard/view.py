@@ -146,7 +146,7 @@ class View:
 
     def _ipython_display_(self):
         load_plotly()
-        for fig in figures_in(self.box): fig.send_state(["_widget_data", "_widget_layout"])
+        for fig in figures_in(self.box): fig._repr_mimebundle_()   # sends all of it
         display(self.box._repr_mimebundle_() | {"text/html": "", "text/plain": f"{type(self).__name__}()"}, raw=True)
         display(static_bundle(self.figure), raw=True)
 
