@@ -156,7 +156,7 @@ def _sentence(e:Exception) -> str: return str(e) if isinstance(e, UserError) els
 def say(self:View, text:str="", error=False):
     "Tell something in the view, read out by screen readers."
     look, role, mark = ("pn-error", "alert", "Error: ") if error else ("pn-text", "status", "")
-    self.status.value = f'<div class="{look}" role="{role}">{mark}{html.escape(text)}</div>' if text else ""
+    self.status.value = f'<div class="{look}" role="{role}">{mark}{html.escape(text, quote=False)}</div>' if text else ""
 
 View.say = say
 
