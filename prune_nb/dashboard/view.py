@@ -146,7 +146,7 @@ class View:
 
     def _ipython_display_(self):
         load_plotly()
-        for fig in figures_in(self.box): fig.send_state(["_widget_data", "_widget_layout"])
+        for fig in figures_in(self.box): fig._repr_mimebundle_()   # sends all of it
         display(self.box._repr_mimebundle_() | {"text/html": "", "text/plain": f"{type(self).__name__}()"}, raw=True)
         display(static_bundle(self.figure), raw=True)
 
@@ -156,7 +156,7 @@ def _sentence(e:Exception) -> str: return str(e) if isinstance(e, UserError) els
 def say(self:View, text:str="", error=False):
     "Tell something in the view, read out by screen readers."
     look, role, mark = ("pn-error", "alert", "Error: ") if error else ("pn-text", "status", "")
-    self.status.value = f'<div class="{look}" role="{role}">{mark}{html.escape(text)}</div>' if text else ""
+    self.status.value = f'<div class="{look}" role="{role}">{mark}{html.escape(text, quote=False)}</div>' if text else ""
 
 View.say = say
 
