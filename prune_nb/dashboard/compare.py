@@ -23,7 +23,7 @@ from ..core import UserError, one_of
 from ..criteria.core import Scores, load_scores
 from ..criteria.oracle import layer_oracle
 from .table import Table
-from .view import View, live, short
+from .view import View, live, refill, short
 from ..data import DATASETS
 from ..figures import GROUPS, KEPT, NEUTRAL, REMOVED, STAYS_COLOUR, coupled_cells, predicted_measured
 from ..models import create_model
@@ -233,8 +233,8 @@ class Compare(View):
         self.layers = layer_table(self.dense, self.sides, self.example)
         self.groups, self.untraced = groups_of(self.dense, self.example)
         self._controls()
-        self.rows, self.chart = Table(self.layers.iloc[:0], height=560), live(go.Figure())
-        self.frame = W.Box([self.chart], layout=dict(max_height="640px", overflow="auto", width="100%"))
+        self.rows, self.charts = Table(self.layers.iloc[:0], height=560), {}
+        self.frame = W.Box(layout=dict(max_height="640px", overflow="auto", width="100%"))
         self.arrange(self.pages, self.options, self.about, self.rows, self.frame)
         self.guarded(self.show)()
 
@@ -301,9 +301,10 @@ def show(self:Compare):
         self.rows.show(t.drop(columns=[f"{s.name}: {c}" for s in self.sides for c in ("parameters", "MACs")]))
         return self.tell(self.summary)
     fig, about = self.picture()
-    old, self.chart = self.chart, live(fig)
+    if page == "agreement" and page in self.charts: refill(self.charts[page], fig)
+    elif page != "network" or page not in self.charts: self.charts[page] = live(fig)
+    self.chart = self.charts[page]
     self.frame.children = (self.chart,)
-    old.close()
     self.tell(about)
 
 def tell(self:Compare, text): self.about.value = f'<div class="pn-text">{html.escape(text)}</div>'
