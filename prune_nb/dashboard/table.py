@@ -110,9 +110,8 @@ class Table(anywidget.AnyWidget):
     height = traitlets.Int(320).tag(sync=True)                             # pixels, at most; rows scroll under the head
 
     def __init__(self, df:pd.DataFrame, formats:dict={}, **traits):
-        self.formats = formats
-        super().__init__(**traits)
-        self.show(df)
+        self.formats, self.frame = formats, df
+        super().__init__(content=content(df, formats), **traits)
         self.observe(lambda _: self.show(self.frame), "sort")
 
     def show(self, df:pd.DataFrame):
