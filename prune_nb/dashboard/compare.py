@@ -207,7 +207,7 @@ def agreement_figure(table:pd.DataFrame, title:str="") -> go.Figure:
     fig = go.Figure(go.Heatmap(z=table.to_numpy(), x=list(table.columns), y=list(table.index), zmin=-1, zmax=1, colorscale=scale, text=text, texttemplate="%{text}", xgap=2, ygap=2, showscale=False, hoverongaps=False,
                                textfont=dict(color="#222", size=13), hovertemplate="%{y} and %{x}: %{z:.3f}<extra></extra>"))
     n = max(map(len, table.index), default=0)
-    fig.update_yaxes(autorange="reversed", scaleanchor="x", constrain="domain").update_xaxes(side="bottom", constrain="domain")
+    fig.update_yaxes(autorange="reversed", scaleanchor="x", constrain="domain", showgrid=False).update_xaxes(side="bottom", constrain="domain", showgrid=False)
     return fig.update_layout(title=title, template="plotly_white", height=160 + 46 * max(3, len(table)), margin=dict(l=30 + 7 * n, r=20, t=50, b=60))
 
 # %% ../../nbs/dashboard/compare.ipynb #ef23beb8
@@ -234,7 +234,7 @@ class Compare(View):
         self.groups, self.untraced = groups_of(self.dense, self.example)
         self._controls()
         self.rows, self.charts = Table(self.layers.iloc[:0], height=560), {}
-        self.frame = W.Box(layout=dict(max_height="640px", overflow="auto", width="100%"))
+        self.frame = W.VBox(layout=dict(max_height="640px", overflow="auto", width="100%"))
         self.arrange(self.pages, self.options, self.about, self.rows, self.frame)
         self.guarded(self.show)()
 
@@ -304,7 +304,7 @@ def show(self:Compare):
     if page == "agreement" and page in self.charts: refill(self.charts[page], fig)
     elif page != "network" or page not in self.charts: self.charts[page] = live(fig)
     self.chart = self.charts[page]
-    self.frame.children = (self.chart,)
+    self.frame.children = (self.chart,) if len(fig.data) else ()
     self.tell(about)
 
 def tell(self:Compare, text): self.about.value = f'<div class="pn-text">{html.escape(text)}</div>'
