@@ -26,7 +26,7 @@ STYLE = """<style>
 .prune-nb .pn-tile { border: 1px solid var(--jp-border-color2, #ccc); border-radius: 4px; padding: 4px 12px; min-width: 128px }
 .prune-nb .pn-tile b { display: block; font-size: 115%; white-space: nowrap }
 .prune-nb .pn-soft { color: var(--jp-ui-font-color2, #555) }
-.prune-nb .pn-error { color: var(--jp-error-color1, #B00020); font-weight: 600; line-height: 1.4; white-space: normal }
+.prune-nb .pn-error { color: var(--jp-error-color1, #B00020); font-weight: 600; line-height: 1.4; white-space: normal; max-height: 7em; overflow: auto }
 .prune-nb .pn-text { line-height: 1.4; white-space: normal }
 .prune-nb .pn-scroll { overflow: auto; max-height: 340px }
 .prune-nb table { border-collapse: collapse; font-size: 12px; line-height: 1.3 }
@@ -45,7 +45,7 @@ def live(fig:go.Figure,
     fig = go.FigureWidget(fig)
     fig._config = dict(displaylogo=False, responsive=True) | config
     axis = dict(gridcolor=GRID, zerolinecolor=GRID, linecolor=GRID, automargin=True)
-    fig.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font_color=INK, autosize=True).update_xaxes(axis).update_yaxes(axis)
+    fig.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font_color=INK, autosize=True, modebar=dict(bgcolor="rgba(0,0,0,0)", color=INK)).update_xaxes(axis).update_yaxes(axis)
     return fig
 
 # %% ../../nbs/dashboard/view.ipynb #a38d6053
