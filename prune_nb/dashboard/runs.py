@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'SAME', 'COST', 'UNITS', 'SYMBOLS', 'DASHES', 'SHOWN', 'is_running', 'read_run', 'run_folders', 'stamps',
-           'scan', 'matching', 'pareto', 'method_look', 'tradeoff', 'history', 'curves', 'details', 'refill', 'Runs',
-           'show', 'chosen', 'refresh', 'watch', 'stop']
+           'scan', 'matching', 'pareto', 'method_look', 'tradeoff', 'history', 'curves', 'details', 'Runs', 'show',
+           'chosen', 'refresh', 'watch', 'stop']
 
 # %% ../../nbs/dashboard/runs.ipynb #5c5ea834
 import html, json, os, threading, time
@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from plotly.subplots import make_subplots
 from ..core import UserError, one_of
 from .table import Table
-from .view import View, live
+from .view import View, live, refill
 from ..experiment.pruning import stages_table
 from ..figures import GROUPS, NEUTRAL
 from ..runs import RESULT, project_root, read_metrics
@@ -208,17 +208,8 @@ def details(folder) -> str:
     if row.get("asked"): parts.append(f"<p>{html.escape(row['asked'])}</p>")
     return "".join(parts)
 
-# %% ../../nbs/dashboard/runs.ipynb #ca745d71
+# %% ../../nbs/dashboard/runs.ipynb #db9e29d2
 SHOWN = {c: "" for c in COLUMNS[:13]} | dict.fromkeys(COLUMNS[1:4], ".2%") | dict.fromkeys(COLUMNS[4:7], ".1%") | dict(ratio=".4g", seconds=".3g", created="")
-
-def refill(chart, fig:go.Figure, click=None):
-    "Draw `fig` in the widget `chart`, which keeps its zoom; `click(key)` is called with the `customdata` of a point that is clicked."
-    with chart.batch_update():
-        chart.data = ()
-        chart.add_traces(list(fig.data))
-        chart.update_layout(title=fig.layout.title.text, xaxis_title=fig.layout.xaxis.title.text)
-    for trace in chart.data:
-        if click and trace.customdata is not None: trace.on_click(lambda trace, points, _: [click(str(trace.customdata[i])) for i in points.point_inds[:1]])
 
 # %% ../../nbs/dashboard/runs.ipynb #11d462f2
 class Runs(View):

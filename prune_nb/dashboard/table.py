@@ -12,9 +12,9 @@ import anywidget, pandas as pd, traitlets
 LOOK = """
 .prune-nb-table { overflow: auto; border: 1px solid var(--jp-border-color2, #bbb); font-size: 13px; color: var(--jp-ui-font-color1, #222); background: var(--jp-layout-color1, #fff); }
 .prune-nb-table table { border-collapse: collapse; min-width: 100%; }
-.prune-nb-table th { position: sticky; top: 0; padding: 0; background: var(--jp-layout-color2, #eee); text-align: left; }
-.prune-nb-table th button { all: unset; cursor: pointer; padding: 4px 8px; width: 100%; box-sizing: border-box; font-weight: 600; white-space: nowrap; }
-.prune-nb-table td { vertical-align: middle; padding: 3px 8px; white-space: nowrap; }
+.prune-nb-table th { position: sticky; top: 0; padding: 0; background: var(--jp-layout-color2, #eee); text-align: left; vertical-align: bottom; }
+.prune-nb-table th button { all: unset; cursor: pointer; padding: 4px 8px; width: 100%; box-sizing: border-box; font-weight: 600; white-space: normal; vertical-align: bottom; }
+.prune-nb-table td { line-height: 1.35; vertical-align: middle; padding: 3px 8px; white-space: nowrap; }
 .prune-nb-table .number, .prune-nb-table .number button { text-align: right; }
 .prune-nb-table tbody tr { cursor: pointer; }
 .prune-nb-table tbody tr:nth-child(even) { background: var(--jp-rendermime-table-row-background, #f5f5f5); }
@@ -110,9 +110,8 @@ class Table(anywidget.AnyWidget):
     height = traitlets.Int(320).tag(sync=True)                             # pixels, at most; rows scroll under the head
 
     def __init__(self, df:pd.DataFrame, formats:dict={}, **traits):
-        self.formats = formats
-        super().__init__(**traits)
-        self.show(df)
+        self.formats, self.frame = formats, df
+        super().__init__(content=content(df, formats), **traits)
         self.observe(lambda _: self.show(self.frame), "sort")
 
     def show(self, df:pd.DataFrame):
