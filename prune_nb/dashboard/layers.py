@@ -204,7 +204,9 @@ class Layers(View):
         self.chart, self.widgets = picture(self.layers), controls(self, ratio, of, cap)
         self.tiles, self.about, self.stays, self.rows, self.text = (W.HTML(layout=dict(width="100%")) for _ in range(5))
         self.lay_out(), self.connect()
+        self.stays.value = table(self.frozen)
         self.guarded(self.select)()
+        if self.scores is None: self.pages.selected_index = 1
 
     @property
     def plan(self):

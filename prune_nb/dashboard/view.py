@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INK', 'GRID', 'STYLE', 'LOAD', 'PAGE', 'PICTURES', 'Chart', 'live', 'refill', 'still', 'tiles', 'short', 'table',
-           'load_plotly', 'static_bundle', 'Fit', 'figures_in', 'View', 'say', 'guarded', 'on', 'hold', 'busy', 'save']
+           'load_plotly', 'static_bundle', 'Fit', 'View', 'say', 'guarded', 'on', 'hold', 'busy', 'save']
 
 # %% ../../nbs/dashboard/view.ipynb #4a943a71
 import contextlib, functools, html
@@ -167,11 +167,6 @@ class Fit(anywidget.AnyWidget):
     } }
     """
 
-# %% ../../nbs/dashboard/view.ipynb #c8f6a873
-def figures_in(box) -> list:
-    "All figures among the widgets in a box."
-    return [box] if isinstance(box, go.FigureWidget) else [f for child in getattr(box, "children", ()) for f in figures_in(child)]
-
 # %% ../../nbs/dashboard/view.ipynb #5a500180
 class View:
     "A dashboard. A subclass sets `chart`, watches widgets by `on` and puts them in place by `arrange`; it gives `data`."
@@ -202,7 +197,6 @@ class View:
 
     def _ipython_display_(self):
         load_plotly()
-        for fig in figures_in(self.box): fig._repr_mimebundle_()   # sends all of it
         display(self.box._repr_mimebundle_() | {"text/html": "", "text/plain": f"{type(self).__name__}()"}, raw=True)
         display(static_bundle(self.figure), raw=True)
 
