@@ -7,7 +7,7 @@ __all__ = ['HOW', 'OF', 'priorities', 'Line', 'Target', 'place', 'filled', 'exch
            'check_budget', 'Limits', 'Budget', 'allocate']
 
 # %% ../nbs/allocate.ipynb #bf2d1b79
-import itertools, math
+import copy, itertools, math
 from dataclasses import dataclass, field
 import numpy as np
 from .core import UserError, one_of
@@ -204,14 +204,25 @@ def _refuse(line, target, limits):
 class Budget:
     "Scores made ready: `choose` and `plan` for any ratio, threshold or loss."
     def __init__(self, scores:Scores, how:str=None, table=None, **limits):
-        self.scores, self.table, self.limits, self.lines = scores, table, Limits(**limits), {}
+        self.scores, self.table = scores, table
         fitted = any(l.kernel is not None for l in scores.layers.values())
         self.how = one_of(f"how for {scores.method!r}", how or ("multiplier" if fitted else "global"), ("multiplier", "uniform") if fitted else HOW)
         menus = bool(scores.layers) and (fitted or how == "multiplier")
         self.space = (Menus if menus else Directions if scores.layers else Channels)(scores, table)
+        self._limit(limits)
+
+    def _limit(self, limits):
+        self.limits, self.lines, menus = Limits(**limits), {}, isinstance(self.space, Menus)
         per = self.limits.of(self.space, 1. if menus else self.limits.cap)
-        if menus: self.space.limits = per if self.limits.given else {}
+        if menus: self.space.limits, self.space.fronts = per if self.limits.given else {}, {}
         else: self.allowed = [allowed(n, *per[k]) for n, k in zip(self.space.sizes, self.space.owners)]
+
+    def within(self, **limits) -> "Budget":
+        "The same scores, made ready once, within other limits."
+        new = copy.copy(self)
+        new.space = copy.copy(self.space)
+        new._limit(limits)
+        return new
 
     def line(self, of:str) -> Line:
         "The order of removal."

@@ -248,10 +248,10 @@ View.on, View.hold = on, hold
 @contextlib.contextmanager
 def busy(self:View, button, text:str):
     "Inside, `button` cannot be clicked and the view says what it does."
-    button.disabled = True
+    was, button.disabled = button.disabled, True
     self.say(text)
     try: yield
-    finally: button.disabled = False
+    finally: button.disabled = was
 
 View.busy = busy
 
