@@ -48,7 +48,7 @@ def test_refused_through_papermill(refusals, name):
 
 
 @pytest.mark.parametrize("parameters, sentence", [
-    (dict(of="latency"), "Invalid of 'latency'. Valid: units, params, macs."),
+    (dict(of="flops"), "Invalid of 'flops'. Valid: units, params, macs, latency."),
     (dict(schedule="gradual"), "Invalid schedule 'gradual'. Valid: one_shot."),
     (dict(rounds=3), "Invalid rounds 3. Valid: 1."),
     (dict(preset="eigendamage-vgg16-cifar10"), "Did you mean 'eigendamage-vgg19-cifar10'? Valid: "),

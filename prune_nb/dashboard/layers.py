@@ -6,9 +6,9 @@
 __all__ = ['SIDES', 'COUPLED', 'STAYS', 'TRACES', 'RULES', 'BY_HAND', 'WAYS', 'weight_sides', 'Sides', 'kept_sizes',
            'unit_values', 'unit_ranks', 'lost_units', 'Bins', 'letter', 'look', 'picture', 'usable_methods',
            'as_scores', 'controls', 'Layers', 'lay_out', 'connect', 'select', 'dress', 'frozen', 'part', 'limits',
-           'asked', 'replan', 'gone', 'loss_of', 'draw', 'hover', 'show_tiles', 'show_page', 'reasons', 'coupled_in',
-           'members', 'told', 'data', 'choose_layer', 'inspect', 'set_rule', 'clear_rules', 'apply', 'recipe',
-           'papermill']
+           'ready', 'asked', 'replan', 'gone', 'loss_of', 'draw', 'hover', 'show_tiles', 'show_page', 'reasons',
+           'why_stays', 'coupled_in', 'members', 'told', 'data', 'choose_layer', 'inspect', 'set_rule', 'clear_rules',
+           'apply', 'recipe', 'papermill']
 
 # %% ../../nbs/dashboard/layers.ipynb #8af0cad2
 import html, shlex
@@ -24,6 +24,7 @@ from ..criteria.core import METHODS, Scores, collector_of, first_example, is_exa
 from ..criteria.groups import side_of
 from .view import GRID, View, live, short, table, tiles
 from ..figures import GROUPS, KEPT, NEUTRAL, REMOVED
+from ..latency import latency_table
 from ..profile import latencies_ms
 from ..surgery.coupling import trace
 from ..train import evaluate
@@ -181,7 +182,7 @@ def controls(view, ratio, of, cap) -> dict:
                 ratio=slider("goes", ratio, **wide(340)), cap=slider("at most of each", cap, **wide(280)),
                 layer=W.Dropdown(description="layer", options=view.layers, **wide(300)), rule=W.Dropdown(description="rule", options=list(RULES), **wide(230)),
                 share=slider("share", .5, disabled=True, **wide(250)), clear=W.Button(description="Clear rules", tooltip="Every layer as the budget says", layout=W.Layout(width="110px")),
-                apply=W.Button(description="Apply", button_style="primary", tooltip="Cut the network and measure it", layout=W.Layout(width="110px")))
+                apply=W.Button(description="Apply", button_style="primary", disabled=True, tooltip="Cut the network and measure it", layout=W.Layout(width="110px")))
 
 # %% ../../nbs/dashboard/layers.ipynb #bb787097
 class Layers(View):
@@ -195,16 +196,20 @@ class Layers(View):
                  ratio:float=.5, of:str="macs", cap:float=.95,  # to begin with, as for `allocate`
                  setup:str="model, data = ...  # yours",        # Python lines for the recipe, that make `model` and `data`
                  source:dict=None,  # parameters of nbs/prune.ipynb that name the network, for the recipe's papermill line
+                 runs_dir=None,     # where measured times of layers are kept; None: runs/ of the project
                  **options):        # of `score`: samples, fisher, seed, ...
         super().__init__()
         self.model, self.batches, self.setup, self.source, self.options = model, data, setup, source, options
         self.example, self.test = first_example(data), test or (None if is_example(data) else data)
         self.scored, self.coupling, self.rules = as_scores(scores, data), trace(model, first_example(data)), {}
         self.layers, self.scores, self.choice, self.result, self.measured = list(weight_sides(model)), None, None, None, {}
+        self.budgets, self.latencies, self.runs_dir = {}, {}, runs_dir
         self.chart, self.widgets = picture(self.layers), controls(self, ratio, of, cap)
         self.tiles, self.about, self.stays, self.rows, self.text = (W.HTML(layout=dict(width="100%")) for _ in range(5))
         self.lay_out(), self.connect()
+        self.stays.value = table(self.frozen)
         self.guarded(self.select)()
+        if self.scores is None: self.pages.selected_index = 1
 
     @property
     def plan(self):
@@ -242,6 +247,7 @@ def select(self:Layers):
     self.sides, self.parts = Sides(self.model, [g.group for g in s.groups.values()]), unit_values(s)
     self.ranks, self.values = unit_ranks(self.parts), np.concatenate([v.double().numpy() for v in self.parts.values()])
     self.bins, self.predicts = Bins(self.values), bool(s.layers) or s.settings.get("measures") == "loss"
+    self.whys = self.why_stays()
     self.dress(), self.replan()
 
 Layers.select = select
@@ -282,10 +288,19 @@ def part(self:Layers, layer:str) -> str:
     return self.sides.groups[g].name if g >= 0 else None
 
 def limits(self:Layers) -> dict:
-    "What `Budget` is given beside scores."
+    "Of single layers and of all, as `Budget` takes them."
     caps = {p: 0. if kind == "whole" else share for l, (kind, share) in self.rules.items() if kind != "ratio" and (p := self.part(l))}
-    how = self.widgets["how"].value
-    return ({} if how in (None, BY_HAND) else dict(how=how)) | dict(cap=round(self.widgets["cap"].value, 4)) | (dict(caps=caps) if caps else {})
+    return dict(cap=round(self.widgets["cap"].value, 4)) | (dict(caps=caps) if caps else {})
+
+def ready(self:Layers) -> Budget:
+    "Scores made ready; milliseconds are measured when they are asked for."
+    how, method = self.widgets["how"].value, self.scores.method
+    if self.widgets["of"].value == "latency" and method not in self.latencies:
+        with self.busy(self.widgets["apply"], "Measuring layers of many widths ..."): self.latencies[method] = latency_table(self.model, self.example, self.scores, self.runs_dir, progress=False)
+        self.say()
+    key = method, None if how == BY_HAND else how, method in self.latencies
+    if key not in self.budgets: self.budgets[key] = Budget(self.scores, key[1], self.latencies.get(method))
+    return self.budgets[key]
 
 def asked(self:Layers, ratio:float) -> dict:
     "What `Budget.choose` is asked for."
@@ -295,13 +310,13 @@ def asked(self:Layers, ratio:float) -> dict:
         return dict(ratio=ratio, of=self.widgets["of"].value)
     return dict(ratios={"*": ratio} | {p: share for l, (kind, share) in self.rules.items() if kind == "ratio" and (p := self.part(l))})
 
-Layers.part, Layers.limits, Layers.asked = part, limits, asked
+Layers.part, Layers.limits, Layers.ready, Layers.asked = part, limits, ready, asked
 
 # %% ../../nbs/dashboard/layers.ipynb #637eb868
 def replan(self:Layers):
     "Draw the curve of budgets anew, then everything."
     self.choice, found = None, []
-    self.budget = Budget(self.scores, **self.limits())
+    self.budget = self.ready().within(**self.limits())
     for ratio in np.linspace(0, .9, 10):
         try: found.append((ratio, self.loss_of(self.budget.choose(**self.asked(float(ratio))))))
         except UserError: continue
@@ -321,7 +336,7 @@ Layers.replan, Layers.gone, Layers.loss_of = replan, gone, loss_of
 # %% ../../nbs/dashboard/layers.ipynb #f1fd8b42
 def draw(self:Layers):
     "Everything that the slider changes."
-    self.widgets["apply"].disabled, self.choice = True, None
+    self.choice, self.widgets["apply"].disabled = None, True
     ratio = round(self.widgets["ratio"].value, 4)
     self.choice = choice = self.budget.choose(**self.asked(ratio))
     self.kept, gone, d, some = kept_sizes(self.sides, choice.kept), self.gone(choice), self.chart.data, self.sides.sizes > 1
@@ -353,7 +368,9 @@ def show_tiles(self:Layers):
     loss = (f"{self.choice.predicted:.4g} nats", f"the loss is {s.loss:.4g}") if self.predicts else ("–", "this method measures none")
     parts = [entry("parameters", s.params, c["params"]), entry("multiply-accumulates", s.macs, c["macs"]), entry("directions" if s.layers else "units", n, n - lost), ("predicted rise of the loss", *loss)]
     if self.test is not None: parts.append(("accuracy", f"{m['accuracy'][0]:.1%} → {m['accuracy'][1]:.1%}", "before fine-tuning") if m else ("accuracy", "–", "Apply measures it"))
-    parts.append(("latency", f"{m['latency'][0]:.3g} → {m['latency'][1]:.3g} ms", f"{m['latency'][1] / m['latency'][0] - 1:+.1%}, one example") if m else ("latency", "–", "Apply measures it"))
+    whole = self.latencies.get(s.method)
+    ms = (*m["latency"], "measured") if m else (whole.whole, c["latency"], "expected") if "latency" in c else None
+    parts.append(("latency", f"{ms[0]:.3g} → {ms[1]:.3g} ms", f"{ms[1] / ms[0] - 1:+.1%}, {ms[2]}") if ms else ("latency", "–", "Apply measures it"))
     self.tiles.value = tiles(parts)
 
 Layers.show_tiles = show_tiles
@@ -378,12 +395,16 @@ def reasons(self:Layers, layer:str, side:int) -> dict:
     lost = {v: None for k, v in self.scores.skipped.items() if not k.endswith("]") and k in self.coupled_in(layer, side)}
     return found | lost
 
+def why_stays(self:Layers) -> list:
+    "Of every layer, why something of it stays; the same for every budget."
+    return ["; ".join(f"{side}: {why}" for i, side in enumerate(SIDES) for why in self.reasons(l, i)) for l in self.layers]
+
 def coupled_in(self:Layers, layer:str, side:int) -> list:
     "Names of all groups that a side of a layer has a part in."
     parameter, d, _ = self.sides.of[layer][SIDES[side]]
     return [g.name for g in self.coupling.groups if d in g.members.get(parameter, {})]
 
-Layers.reasons, Layers.coupled_in = reasons, coupled_in
+Layers.reasons, Layers.why_stays, Layers.coupled_in = reasons, why_stays, coupled_in
 
 # %% ../../nbs/dashboard/layers.ipynb #be7e3685
 def members(self:Layers, group:str) -> dict:
@@ -411,7 +432,7 @@ def data(self:Layers) -> pd.DataFrame:
     s = self.sides
     return pd.DataFrame(dict(layer=self.layers, outputs=s.sizes[0], outputs_kept=self.kept[0], inputs=s.sizes[1], inputs_kept=self.kept[1], group=[s.groups[g].name if g >= 0 else "" for g in s.owner[0]],
                              rule=[" ".join(map(str, self.rules[l])) if l in self.rules else "" for l in self.layers],
-                             stays=["; ".join(f"{side}: {why}" for i, side in enumerate(SIDES) for why in self.reasons(l, i)) for l in self.layers])).set_index("layer")
+                             stays=self.whys)).set_index("layer")
 
 Layers.data = property(data)
 
@@ -468,14 +489,17 @@ def _arguments(d) -> str: return ", ".join(f"{k}={getattr(v, '__name__', None) o
 
 def recipe(self:Layers) -> str:
     "A Python script that makes the same plan and network."
-    method = [repr(self.scores.method), *([_arguments(self.options)] if self.options else [])]
-    return "\n".join([self.setup, "", "from prune_nb.allocate import allocate", "from prune_nb.api import operate", "from prune_nb.criteria.core import first_example, is_example, score", "",
-                      f"scores = score(model, data, {', '.join(method)})", f"plan = allocate(scores, {_arguments(self.asked(round(self.widgets['ratio'].value, 4)) | self.limits())})",
-                      "result = operate(model, plan, scores, None if is_example(data) else data, first_example(data))", "result"])
+    method = ", ".join([repr(self.scores.method), *([_arguments(self.options)] if self.options else [])])
+    how, ms = self.widgets["how"].value, self.widgets["of"].value == "latency"
+    given = self.asked(round(self.widgets["ratio"].value, 4)) | ({} if how in (None, BY_HAND) else dict(how=how)) | self.limits()
+    return "\n".join([self.setup, "", "from prune_nb.allocate import allocate", "from prune_nb.api import operate", "from prune_nb.criteria.core import first_example, is_example, score", *["from prune_nb.latency import latency_table"] * ms, "",
+                      "example = first_example(data)", f"scores = score(model, data, {method})", *["table = latency_table(model, example, scores)"] * ms,
+                      f"plan = allocate(scores, {_arguments(given)}{', table=table' if ms else ''})", "result = operate(model, plan, scores, None if is_example(data) else data, example)", "result"])
 
 def papermill(self:Layers) -> str:
     "The line that prunes, fine-tunes and records the same as an experiment; in words what it cannot say."
-    beyond = [k for k in self.limits() if k != "cap"] + [k for k in self.asked(.5) if k == "ratios"]
+    how = self.widgets["how"].value
+    beyond = [k for k in self.limits() if k != "cap"] + ["how"] * (how not in (None, BY_HAND)) + [k for k in self.asked(.5) if k == "ratios"]
     given = (self.source or dict(dataset="...", model="...")) | dict(method=self.scores.method, ratio=round(self.widgets["ratio"].value, 4), of=self.widgets["of"].value)
     line = "papermill nbs/prune.ipynb out.ipynb " + " ".join(f"-p {k} {shlex.quote(str(v))}" for k, v in given.items())
     return line if not beyond else f"# prune.ipynb has no parameters for {', '.join(beyond)}: without them\n{line}"

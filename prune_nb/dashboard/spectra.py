@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'PANEL', 'SORTS', 'layer_row', 'order', 'block_means', 'pairs', 'by_hand', 'costs_left', 'merged', 'picture',
-           'Spectra', 'controls', 'lay_out', 'connect', 'rebudget', 'ranks', 'show', 'show_pairs', 'place_cut', 'cut',
-           'dragged', 'reset', 'kept_now', 'data', 'sort', 'show_list', 'show_tiles', 'measure']
+           'decades', 'Spectra', 'controls', 'lay_out', 'connect', 'rebudget', 'ranks', 'show', 'show_pairs',
+           'place_cut', 'cut', 'dragged', 'reset', 'kept_now', 'data', 'sort', 'show_list', 'show_tiles', 'measure']
 
 # %% ../../nbs/dashboard/spectra.ipynb #ef91230c
 from dataclasses import replace
@@ -87,28 +87,34 @@ def merged(budget:Budget, choice, hand:dict # layer name -> Entry
 
 # %% ../../nbs/dashboard/spectra.ipynb #f8da7dfe
 SIDES = (("outputs", "out_values", "circle"), ("inputs", "in_values", "diamond"))
-PANEL = ("eigenvalues of the outputs, and energy", "eigenvalues of the inputs, and energy", "saliency of every pair of directions, log10", "curvature along pairs of directions")
+PANEL = ("eigenvalues of the outputs, and energy", "eigenvalues of the inputs, and energy", "saliency of every pair of directions, log10", "EKFAC second moments (up) against Kronecker")
 
 def picture() -> go.FigureWidget:
     "All traces, still empty: of both sides kept and removed eigenvalues, energy, effective rank; the map; what goes of it; pairs and where they would be equal."
-    fig = make_subplots(2, 2, specs=[[dict(secondary_y=True)] * 2, [{}, {}]], subplot_titles=PANEL, row_heights=[.44, .56], vertical_spacing=.13, horizontal_spacing=.13)
+    fig = make_subplots(2, 2, specs=[[dict(secondary_y=True)] * 2, [{}, {}]], subplot_titles=PANEL, row_heights=[.44, .56], vertical_spacing=.13, horizontal_spacing=.15)
     for c, (side, _, symbol) in enumerate(SIDES, 1):
         for what, colour, mark in (("kept", KEPT, symbol), ("removed", REMOVED, f"{symbol}-open")):
             fig.add_trace(go.Scatter(mode="markers", name=what, legendgroup=what, showlegend=c == 1, marker=dict(color=colour, symbol=mark, size=6), hovertemplate=f"{side[:-1]} direction %{{x}}: %{{y:.3g}}<extra>{what}</extra>"), 1, c)
         fig.add_trace(go.Scatter(mode="lines", name="cumulative energy", legendgroup="energy", showlegend=c == 1, line=dict(color=VALIDATION, width=2), hovertemplate="%{x} directions hold %{y:.1%}<extra></extra>"), 1, c, secondary_y=True)
         fig.add_trace(go.Scatter(mode="lines", name="effective rank", legendgroup="rank", showlegend=c == 1, y=[0, 1.04], line=dict(color=NEUTRAL, width=2, dash="dot"), hoverinfo="name+x"), 1, c, secondary_y=True)
-        fig.update_xaxes(title=f"{side[:-1]} directions, largest first", row=1, col=c).update_yaxes(type="log", exponentformat="power", nticks=6, row=1, col=c, secondary_y=False)
-        fig.update_yaxes(range=[0, 1.04], tickformat=".0%", nticks=5, showgrid=False, row=1, col=c, secondary_y=True)
-    fig.add_trace(go.Heatmap(colorscale="Cividis", colorbar=dict(thickness=12, len=.48, y=.24, x=.435, xpad=4), hovertemplate="outputs to %{y:.0f}, inputs to %{x:.0f}: 1e%{z:.2f}<extra></extra>"), 2, 1)
+        fig.update_xaxes(title=f"{side[:-1]} directions, largest first", row=1, col=c).update_yaxes(type="log", exponentformat="power", row=1, col=c, secondary_y=False)
+        fig.update_yaxes(range=[0, 1.04], tickformat=".0%", tickvals=[0, .25, .5, .75, 1], showgrid=False, row=1, col=c, secondary_y=True)
+    fig.add_trace(go.Heatmap(colorscale="Cividis", colorbar=dict(thickness=12, len=.5, y=.24, x=.43, xpad=4), hovertemplate="outputs to %{y:.0f}, inputs to %{x:.0f}: 1e%{z:.2f}<extra></extra>"), 2, 1)
     fig.add_trace(go.Scatter(mode="lines", fill="toself", name="goes", showlegend=False, line=dict(color=REMOVED, width=1), fillcolor="rgba(255,255,255,.55)", fillpattern=dict(shape="/", fgcolor=REMOVED, bgcolor="rgba(255,255,255,.5)", size=8, solidity=.12), hoverinfo="skip"), 2, 1)
     fig.add_trace(go.Scatter(mode="markers", name="pair of directions", showlegend=False, marker=dict(color=KEPT, size=4, opacity=.55), hovertemplate="product %{x:.2e}<br>measured %{y:.2e}<extra></extra>"), 2, 2)
     fig.add_trace(go.Scatter(mode="lines", name="equal", showlegend=False, line=dict(color=NEUTRAL, dash="dash"), hoverinfo="skip"), 2, 2)
     fig.update_xaxes(title="input directions, most salient first", row=2, col=1).update_yaxes(title="output directions", row=2, col=1)
-    fig.update_xaxes(title="Kronecker: product of eigenvalues", type="log", exponentformat="power", nticks=6, row=2, col=2).update_yaxes(title="EKFAC: second moment", type="log", exponentformat="power", nticks=6, row=2, col=2)
+    fig.update_xaxes(title="product of eigenvalues", type="log", exponentformat="power", row=2, col=2).update_yaxes(type="log", exponentformat="power", row=2, col=2)
     cut = dict(type="line", xref="x3", yref="y5", line=dict(color=REMOVED, width=4))
     fig.update_layout(height=760, margin=dict(l=60, r=20, t=80, b=50), legend=dict(orientation="h", x=0, y=1.06, yanchor="bottom", itemclick=False, itemdoubleclick=False), hovermode="closest",
                       shapes=[dict(cut, name="inputs"), dict(cut, name="outputs")]).update_annotations(font_size=13)
     return live(fig, edits=dict(shapePosition=True))
+
+# %% ../../nbs/dashboard/spectra.ipynb #d3396eb4
+def decades(values) -> dict:
+    "Ticks at whole powers of ten, six at most; at halves and fifths too where there are few."
+    span = np.ptp(np.log10(values)) if len(values) else 0
+    return dict(dtick="D2" if span < 1.3 else int(np.ceil(span / 6)))
 
 # %% ../../nbs/dashboard/spectra.ipynb #b75fc181
 SORTS = {"as they come": (), "most redundant first": ("redundancy", False), "most salient first": ("saliency", False), "least salient first": ("saliency", True)}
@@ -189,7 +195,7 @@ def show(self:Spectra):
             v = getattr(layer, values).double().numpy()
             d[4 * n + 2].update(x=np.arange(len(v) + 1), y=np.r_[0, np.cumsum(v) / max(v.sum(), 1e-300)])
             d[4 * n + 3].x = [effective_rank(torch.from_numpy(v))] * 2
-            self.chart.layout[f"xaxis{n + 1 if n else ''}"].range = [0, len(v) + 1]
+            self.chart.layout[f"xaxis{n + 1 if n else ''}"].range, self.chart.layout[("yaxis", "yaxis3")[n]].dtick = [0, len(v) + 1], decades(v[v > 1e-12 * v.max()])["dtick"]
         d[8].update(z=np.log10(np.maximum(z, max(1e-9 * z.max(), 1e-300))), x=cols, y=rows)
         self.chart.layout.xaxis3.range, self.chart.layout.yaxis5.range = [0, cols[-1]], [rows[-1], 0]
     self.show_pairs(name, layer), self.place_cut()
@@ -207,6 +213,7 @@ def show_pairs(self:Spectra, name, layer):
     ends = [min(x.min(), y.min()) / 2, max(x.max(), y.max()) * 2] if len(x) else []
     with self.chart.batch_update():
         self.chart.data[10].update(x=x, y=y), self.chart.data[11].update(x=ends, y=ends)
+        for axis, v in ((self.chart.layout.xaxis4, x), (self.chart.layout.yaxis6, y)): axis.update(decades(v))
         self.chart.layout.annotations[3].text = PANEL[3] if known else PANEL[3] + " (not measured)"
 
 def place_cut(self:Spectra):
@@ -221,7 +228,7 @@ def place_cut(self:Spectra):
                 v = np.maximum(getattr(layer, values).double().numpy(), 0)
                 v[v <= 1e-12 * v.max()] = np.nan
                 stays = np.isin(np.arange(len(v)), self.orders[n][:kept[n]])
-                for t, chosen in ((d[4 * n], stays), (d[4 * n + 1], ~stays)): t.update(x=np.flatnonzero(chosen) + 1, y=v[chosen])
+                for t, chosen in ((d[4 * n], stays), (d[4 * n + 1], ~stays)): t.update(x=np.flatnonzero(chosen) + 1 if chosen.any() else [None], y=v[chosen] if chosen.any() else [None])
             d[9].update(x=[i, n_in, n_in, 0, 0, i, i], y=[0, 0, n_out, n_out, o, o, 0])
             self.chart.layout.shapes[0].update(x0=i, x1=i, y0=0, y1=n_out), self.chart.layout.shapes[1].update(x0=0, x1=n_in, y0=o, y1=o)
     self.show_tiles(name, form), self.show_list()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INK', 'GRID', 'STYLE', 'LOAD', 'PAGE', 'PICTURES', 'Chart', 'live', 'refill', 'still', 'tiles', 'short', 'table',
-           'load_plotly', 'static_bundle', 'Fit', 'figures_in', 'View', 'say', 'guarded', 'on', 'hold', 'busy', 'save']
+           'load_plotly', 'static_bundle', 'Fit', 'View', 'say', 'guarded', 'on', 'hold', 'busy', 'save']
 
 # %% ../../nbs/dashboard/view.ipynb #4a943a71
 import contextlib, functools, html
@@ -27,7 +27,7 @@ STYLE = """<style>
 .prune-nb .pn-tile { border: 1px solid var(--jp-border-color2, #ccc); border-radius: 4px; padding: 4px 12px; min-width: 128px }
 .prune-nb .pn-tile b { display: block; font-size: 115%; white-space: nowrap }
 .prune-nb .pn-soft { color: var(--jp-ui-font-color2, #555) }
-.prune-nb .pn-error { color: var(--jp-error-color1, #B00020); font-weight: 600; line-height: 1.4; white-space: normal }
+.prune-nb .pn-error { color: var(--jp-error-color1, #B00020); font-weight: 600; line-height: 1.4; white-space: normal; max-height: 7em; overflow: auto }
 .prune-nb .pn-text { line-height: 1.4; white-space: normal }
 .prune-nb .pn-scroll { overflow: auto; max-height: 340px }
 .prune-nb table { border-collapse: collapse; font-size: 12px; line-height: 1.3 }
@@ -91,7 +91,7 @@ def live(fig:go.Figure,
     fig = Chart(fig)
     fig._config = dict(displaylogo=False, responsive=True) | config
     axis = dict(gridcolor=GRID, zerolinecolor=GRID, linecolor=GRID, automargin=True)
-    fig.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font_color=INK, autosize=True).update_xaxes(axis).update_yaxes(axis)
+    fig.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font_color=INK, autosize=True, modebar=dict(bgcolor="rgba(0,0,0,0)", color=INK)).update_xaxes(axis).update_yaxes(axis)
     return fig
 
 # %% ../../nbs/dashboard/view.ipynb #f4a691a3
@@ -167,11 +167,6 @@ class Fit(anywidget.AnyWidget):
     } }
     """
 
-# %% ../../nbs/dashboard/view.ipynb #c8f6a873
-def figures_in(box) -> list:
-    "All figures among the widgets in a box."
-    return [box] if isinstance(box, go.FigureWidget) else [f for child in getattr(box, "children", ()) for f in figures_in(child)]
-
 # %% ../../nbs/dashboard/view.ipynb #5a500180
 class View:
     "A dashboard. A subclass sets `chart`, watches widgets by `on` and puts them in place by `arrange`; it gives `data`."
@@ -202,7 +197,6 @@ class View:
 
     def _ipython_display_(self):
         load_plotly()
-        for fig in figures_in(self.box): fig._repr_mimebundle_()   # sends all of it
         display(self.box._repr_mimebundle_() | {"text/html": "", "text/plain": f"{type(self).__name__}()"}, raw=True)
         display(static_bundle(self.figure), raw=True)
 
@@ -254,10 +248,10 @@ View.on, View.hold = on, hold
 @contextlib.contextmanager
 def busy(self:View, button, text:str):
     "Inside, `button` cannot be clicked and the view says what it does."
-    button.disabled = True
+    was, button.disabled = button.disabled, True
     self.say(text)
     try: yield
-    finally: button.disabled = False
+    finally: button.disabled = was
 
 View.busy = busy
 
