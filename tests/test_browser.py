@@ -41,6 +41,15 @@ def seen(home, browser):
         seen.page.close()
 
 
+@pytest.fixture(autouse=True)
+def no_new_errors(request):
+    "JavaScript must not complain during any test."
+    if "seen" not in request.fixturenames: yield; return
+    seen = request.getfixturevalue("seen")
+    before = len(seen.errors)
+    yield
+    assert seen.errors[before:] == []
+
 def test_notebook_runs_and_draws_everything(seen):
     assert seen.python("print(layers.error, eigen.error, compare.error, runs.error)") == "None None None None"
     assert not seen.page.locator("[data-mime-type='application/vnd.jupyter.stderr']").count()
@@ -68,7 +77,7 @@ def test_slider_moves_the_budget(seen):
     before, bars = layers.locator(".pn-tile").nth(1).inner_text(), layers.locator(".bars path").evaluate_all("b => b.map(p => p.getAttribute('d')).join()")
     layers.get_by_role("slider").first.focus()
     for _ in range(5): seen.page.keyboard.press("ArrowRight")
-    expect(layers.locator(".pn-tile").nth(1)).to_contain_text("-55.")
+    expect(layers.locator(".pn-tile").nth(1)).to_contain_text(re.compile(r"-5(4\.9|5\.\d)%"))
     assert layers.locator(".pn-tile").nth(1).inner_text() != before and layers.locator(".bars path").evaluate_all("b => b.map(p => p.getAttribute('d')).join()") != bars
     assert seen.python("print(layers.plan.settings['ratio'])") == "0.55"
 
@@ -128,33 +137,32 @@ def test_compare_turns_its_pages(seen):
     expect(compare.locator(".bars path").first).to_be_visible()
 
 
-def rows(runs) -> list: return runs.locator("tbody tr td:nth-child(2)").all_inner_texts()
+def rows(seen): return seen.view("Runs").locator(".prune-nb-table tbody tr")
 
-def test_runs_are_filtered_and_sorted(seen):
+def test_runs_are_filtered_and_sorted(seen, home):
     runs = seen.view("Runs")
-    assert {"l1-0.5", "l1-0.7", "eigendamage-0.5", "damaged"} < set(rows(runs))
-    expect(runs.locator("tbody tr", has_text="damaged")).to_contain_text("broken: result.json cannot be read")
+    assert {"l1-0.5", "l1-0.7", "eigendamage-0.5", "damaged"} < set(rows(seen).locator("td:nth-child(2)").all_inner_texts())
+    expect(rows(seen).filter(has_text="damaged")).to_contain_text("broken: result.json cannot be read")
     runs.get_by_role("textbox").fill("finished ratio=0.5")
-    expect(runs.locator("tbody tr")).to_have_count(2)
+    expect(rows(seen)).to_have_count(2)
     runs.get_by_role("textbox").fill("finished method=")
-    expect(runs.locator("tbody tr")).to_have_count(3)
+    expect(rows(seen)).to_have_count(3)
     runs.get_by_role("button", name="accuracy", exact=True).focus()
     seen.page.keyboard.press("Enter")
     expect(runs.locator("th[aria-sort=descending]")).to_have_text("accuracy ▼")
-    shown = [float(t.strip("%")) for t in runs.locator("tbody tr td:nth-child(4)").all_inner_texts()]
-    assert shown == sorted(shown, reverse=True)
+    best = sorted((read_json(f)["finetuned"]["accuracy"] for f in home.glob("runs/*-0.?/result.json")), reverse=True)
+    expect(rows(seen).locator("td:nth-child(4)")).to_have_text([f"{a:.2%}" for a in best])
 
 
 def test_click_opens_a_run(seen, home):
     runs = seen.view("Runs")
-    runs.locator("tbody tr", has_text="l1-0.5").click()
+    rows(seen).filter(has_text="l1-0.5").click()
     expect(runs.locator("h3")).to_have_text("l1-0.5")
     expect(runs.get_by_role("link", name="notebook.ipynb")).to_have_attribute("href", "../runs/l1-0.5/notebook.ipynb")
     accuracy = read_json(home / "runs/l1-0.5/result.json")["finetuned"]["accuracy"]
     expect(runs.locator(".widget-html table")).to_contain_text(f"{accuracy:.4g}")
-    runs.locator(".points path").first.click(force=True)
-    expect(runs.locator("h3")).not_to_have_text("l1-0.5")
-    assert runs.locator("h3").inner_text() in ("eigendamage-0.5", "l1-0.7")
+    runs.locator(".scatterlayer .trace", has=seen.page.locator(".points path")).nth(1).locator(".points path").first.click(force=True)   # the first are dense networks
+    expect(runs.locator("h3")).to_have_text("eigendamage-0.5")
 
 
 def test_ticks_lay_curves_over_each_other(seen):
@@ -172,9 +180,9 @@ from prune_nb.experiment.params import PruneParams
 from prune_nb.experiment.pruning import Experiment
 e = Experiment(PruneParams(method="l2", ratio=.5, of="macs", model="lenet", pretrain_epochs=2, epochs=3, samples=256, run_name="going").validated())
 e.baseline(), e.prune()""")
-    expect(runs.locator("tbody tr")).to_contain_text("running: ")
+    expect(rows(seen)).to_contain_text("running: ")
     seen.python("e.finetune(), e.finish()")
-    expect(runs.locator("tbody tr")).to_contain_text("finished")
+    expect(rows(seen)).to_contain_text("finished")
 
 
 def test_nothing_went_wrong_and_nothing_left_the_machine(seen):
@@ -193,5 +201,5 @@ def test_voila_serves_the_same(home, browser):
         seen.shot(PICTURES / "voila.png")
         fonts = [u for u in seen.strangers if "font-awesome" in u.lower() or "fontawesome" in u.lower()]   # voila's own page asks for icons, which no dashboard has
         assert [u for u in seen.strangers if u not in fonts] == []
-        assert [e for e in seen.errors if "ERR_NAME_NOT_RESOLVED" not in e and "singleton" not in e] == []
+        assert [e for e in seen.errors if "ERR_NAME_NOT_RESOLVED" not in e] == []
         seen.page.close()
