@@ -23,7 +23,7 @@ from ..core import UserError, one_of
 from ..criteria.core import Scores, load_scores
 from ..criteria.oracle import layer_oracle
 from .table import Table
-from .view import View, live, refill, short
+from .view import View, live, short
 from ..data import DATASETS
 from ..figures import GROUPS, KEPT, NEUTRAL, REMOVED, STAYS_COLOUR, coupled_cells, predicted_measured
 from ..models import create_model
@@ -302,7 +302,8 @@ def show(self:Compare):
         self.rows.show(t.drop(columns=[f"{s.name}: {c}" for s in self.sides for c in ("parameters", "MACs")]))
         return self.tell(self.summary)
     fig, about = self.picture()
-    if page == "agreement" and page in self.charts: refill(self.charts[page], fig)
+    if page == "agreement" and page in self.charts:
+        with (chart := self.charts[page]).batch_update(): chart.data[0].z, chart.data[0].text, chart.layout.title = fig.data[0].z, fig.data[0].text, fig.layout.title.text
     elif page != "network" or page not in self.charts: self.charts[page] = live(fig)
     self.chart = self.charts[page]
     self.frame.children = (self.chart,) if len(fig.data) else ()

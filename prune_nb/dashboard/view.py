@@ -38,19 +38,18 @@ STYLE = """<style>
 .jp-OutputArea-child:has(.prune-nb) + .jp-OutputArea-child { display: none }
 </style>"""
 
-# %% ../../nbs/dashboard/view.ipynb #fa195488
+# %% ../../nbs/dashboard/view.ipynb #55ca0900
 LOAD = """
-const plotly = model => {
-  const code = model.get("_plotly");
-  if (code) globalThis.pruneNbPlotly ??= import(URL.createObjectURL(new Blob([code], { type: "text/javascript" })));
-  return new Promise(done => { const look = () => globalThis.pruneNbPlotly ? done(globalThis.pruneNbPlotly) : setTimeout(look, 50); look(); });
+const plotly = async () => {
+  while (!globalThis.pruneNbCode) await new Promise(done => setTimeout(done, 50));
+  return globalThis.pruneNbPlotly ??= import(URL.createObjectURL(new Blob([globalThis.pruneNbCode], { type: "text/javascript" })));
 };
 export default () => {
   let figure;
   return {
-    initialize({ model }) { plotly(model); },
+    initialize({ model }) { globalThis.pruneNbCode ||= model.get("_plotly"); },
     async render({ model, el }) {
-      const code = await plotly(model);
+      const code = await plotly();
       if (!figure) { figure = code.default(); figure.initialize({ model }); }
       return figure.render({ model, el });
     },
