@@ -3,6 +3,7 @@ import ast, configparser, importlib, subprocess, sys, tomllib
 from dataclasses import fields
 import nbformat, pytest
 from conftest import ROOT
+from prune_nb.dashboard.start import ExploreParams
 from prune_nb.experiment.params import PretrainParams, PruneParams, parameters_cell
 from prune_nb.experiment.sweep import SweepParams
 

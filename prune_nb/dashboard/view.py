@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['INK', 'GRID', 'STYLE', 'LOAD', 'PAGE', 'PICTURES', 'Chart', 'live', 'refill', 'still', 'tiles', 'short', 'table',
-           'load_plotly', 'static_bundle', 'Fit', 'View', 'say', 'guarded', 'on', 'hold', 'busy', 'save']
+           'load_plotly', 'static_bundle', 'View', 'say', 'guarded', 'on', 'hold', 'busy', 'save']
 
 # %% ../../nbs/dashboard/view.ipynb #4a943a71
 import contextlib, functools, html, os
 from pathlib import Path
-import anywidget, ipywidgets as W
+import ipywidgets as W
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
@@ -51,7 +51,10 @@ export default () => {
     async render({ model, el }) {
       const code = await plotly();
       if (!figure) { figure = code.default(); figure.initialize({ model }); }
-      return figure.render({ model, el });
+      const watch = new ResizeObserver(() => { if (el.clientWidth && Math.abs((el._fullLayout?.width ?? el.clientWidth) - el.clientWidth) > 1) window.dispatchEvent(new Event("resize")); });
+      const remove = figure.render({ model, el });
+      watch.observe(el);
+      return () => { watch.disconnect(); remove(); };
     },
   };
 };
@@ -153,19 +156,6 @@ def static_bundle(fig) -> dict:
     config = dict(displaylogo=False, responsive=True)
     return pio.renderers["plotly_mimetype"].to_mimebundle(fig.to_dict()) | {"text/html": pio.to_html(fig, config, include_plotlyjs=False, full_html=False), "text/plain": ""}
 
-# %% ../../nbs/dashboard/view.ipynb #d14fd07e
-class Fit(anywidget.AnyWidget):
-    "Makes the figures of a view as wide as the view, when they are first drawn and whenever its width changes."
-    _esm = """
-    export default { render({ el }) {
-      const view = () => el.closest(".prune-nb") || el;
-      const fits = plot => !plot.clientWidth || Math.abs((plot._fullLayout?.width ?? plot.clientWidth) - plot.clientWidth) < 2;
-      const watch = new ResizeObserver(() => { if (![...view().querySelectorAll(".js-plotly-plot")].every(fits)) window.dispatchEvent(new Event("resize")); });
-      const start = setInterval(() => { if (el.isConnected) { watch.observe(view()); clearInterval(start); } }, 50);
-      return () => { clearInterval(start); watch.disconnect(); };
-    } }
-    """
-
 # %% ../../nbs/dashboard/view.ipynb #5a500180
 class View:
     "A dashboard. A subclass sets `chart`, watches widgets by `on` and puts them in place by `arrange`; it gives `data`."
@@ -177,7 +167,7 @@ class View:
 
     def arrange(self, controls, *rows):
         "Controls, below them what is said, then everything else."
-        self.box.children = (W.HTML(STYLE, layout=dict(display="none")), controls, self.status, *rows, Fit())
+        self.box.children = (W.HTML(STYLE, layout=dict(display="none")), controls, self.status, *rows)
 
     @property
     def data(self) -> pd.DataFrame:
