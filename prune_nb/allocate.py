@@ -7,7 +7,7 @@ __all__ = ['HOW', 'OF', 'priorities', 'Line', 'Target', 'place', 'filled', 'exch
            'check_budget', 'Limits', 'Budget', 'allocate']
 
 # %% ../nbs/allocate.ipynb #bf2d1b79
-import itertools, math
+import copy, itertools, math
 from dataclasses import dataclass, field
 import numpy as np
 from .core import UserError, one_of
@@ -143,7 +143,7 @@ class Choice:
     def predicted(self) -> float:
         "Predicted rise of the loss in nats, NaN where saliencies are no losses."
         return self.loss()
-    def plan(self) -> Plan: return Plan(self.scores.method, self.scores.model, settings=dict(self.settings), **self.made())
+    def plan(self) -> Plan: return finished(Plan(self.scores.method, self.scores.model, settings=dict(self.settings), **self.made()), self.scores)
 
 # %% ../nbs/allocate.ipynb #30659300
 OF = ("units", "params", "macs", "latency")
@@ -209,14 +209,25 @@ class Budget:
                  how:str=None, # one of `HOW`; None: by the method
                  table=None,   # of `prune_nb.latency`, for milliseconds
                  **limits):    # of `Limits`
-        self.scores, self.table, self.limits, self.lines = scores, table, Limits(**limits), {}
+        self.scores, self.table = scores, table
         fitted = from_menus(scores)
         self.how = one_of(f"how for {scores.method!r}", how or ("multiplier" if fitted else "global"), ("multiplier", "uniform") if fitted else HOW)
         menus = bool(scores.layers) and (fitted or how == "multiplier")
         self.space = (Menus if menus else Directions if scores.layers else Channels)(scores, table)
+        self._limit(limits)
+
+    def _limit(self, limits):
+        self.limits, self.lines, menus = Limits(**limits), {}, isinstance(self.space, Menus)
         per = self.limits.of(self.space, 1. if menus else self.limits.cap)
-        if menus: self.space.limits = per if self.limits.given else {}
+        if menus: self.space.limits, self.space.fronts = per if self.limits.given else {}, {}
         else: self.allowed = [allowed(n, *per[k]) for n, k in zip(self.space.sizes, self.space.owners)]
+
+    def within(self, **limits) -> "Budget":
+        "The same scores, made ready once, within other limits."
+        new = copy.copy(self)
+        new.space = copy.copy(self.space)
+        new._limit(limits)
+        return new
 
     def line(self, of:str) -> Line:
         "The order of removal."
@@ -353,4 +364,4 @@ def allocate(scores:Scores,
     """The plan that removes least saliency for what it saves. Parameters, multiply-accumulates and milliseconds are met within 1 % of the network's total; something of every layer and group stays; a layer
     whose cheapest form is no smaller stays as it is. Of patterns that fit the same name the last counts. Raises `UserError` with the reachable range otherwise."""
     budget = Budget(scores, how, table, cap=cap, caps=caps or {}, floors=floors or {}, round_to=round_to, ignore=ignore)
-    return finished(budget.plan(ratio, of, ratios, threshold, loss), scores)
+    return budget.plan(ratio, of, ratios, threshold, loss)
