@@ -211,14 +211,16 @@ def say(self:View, text:str="", error=False):
 View.say = say
 
 # %% ../../nbs/dashboard/view.ipynb #7ed92df6
-def guarded(self:View, act):
+def guarded(self:View, act, clears=True # whether the error shown before is over when this goes well
+            ):
     "`act`, whose errors are shown in the view and kept in `error`. Does nothing while the view is held."
     @functools.wraps(act)
     def safe(*args):
         if self.held: return
         try:
-            if self.error: self.say()
-            self.error = None
+            if self.error and clears:
+                self.say()
+                self.error = None
             return act(*args)
         except Exception as e:
             self.error = e
@@ -228,9 +230,9 @@ def guarded(self:View, act):
 View.guarded = guarded
 
 # %% ../../nbs/dashboard/view.ipynb #0f769816
-def on(self:View, widget, act, trait="value"):
-    "Call `act()` when a value of `widget` changes, or when it is clicked."
-    safe = self.guarded(act)
+def on(self:View, widget, act, trait="value", clears=True):
+    "Call `act()` when a value of `widget` changes, or when it is clicked; see `guarded`."
+    safe = self.guarded(act, clears)
     if isinstance(widget, W.Button): widget.on_click(lambda _: safe())
     else: widget.observe(lambda _: safe(), trait)
     return widget
