@@ -84,12 +84,12 @@ class Seen:
         "Requests that leave the machine."
         return [u for u in self.asked if not u.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:", "about:"))]
 
-    def open_in_lab(self, address, notebook, theme="JupyterLab Light"):
+    def open_in_lab(self, address, notebook):
         "Open a notebook alone in JupyterLab, without running it."
         self.page.goto(f"{address}/doc/tree/nbs/{notebook}?reset")
         self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
         self.page.wait_for_function("window.jupyterapp && window.jupyterapp.shell.currentWidget?.sessionContext?.isReady", timeout=60_000)
-        self.page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", theme)
+        self.page.evaluate("window.jupyterapp.shell.collapseLeft?.()")
 
     def run_all(self, timeout=180):
         "Run all cells and wait for the last."
@@ -98,8 +98,25 @@ class Seen:
             await Promise.race([done, new Promise((_, fail) => setTimeout(() => fail(new Error('the cells have not ended')), 1000 * seconds))]);
         }""", timeout)
 
-    def shot(self, path, selector=None):
-        "A picture of the page, or of the first element that matches."
+    def python(self, code) -> str:
+        "What `code` prints in the kernel of the notebook."
+        return self.page.evaluate("""async code => {
+            const request = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({ code, store_history: false });
+            let text = "";
+            request.onIOPub = m => { text += m.header.msg_type === "stream" ? m.content.text : m.header.msg_type === "error" ? m.content.traceback.join("\\n") : ""; };
+            await request.done;
+            return text;
+        }""", code).strip()
+
+    def view(self, title):
+        "The dashboard below the heading `title`."
+        return self.page.locator(f"xpath=//div[contains(@class, 'jp-MarkdownCell') or contains(@class, 'jp-MarkdownOutput') or self::body][.//h2[starts-with(normalize-space(.), '{title}')]]/following::div[contains(concat(' ', @class, ' '), ' prune-nb ')][1]")
+
+    def theme(self, name):
+        "Light or Dark."
+        self.page.evaluate("name => window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab ' + name })", name)
+
+    def shot(self, path, element=None):
+        "A picture of the page, or of an element."
         path.parent.mkdir(parents=True, exist_ok=True)
-        target = self.page.locator(selector).first if selector else self.page
-        target.screenshot(path=str(path))
+        (element or self.page).screenshot(path=str(path))

@@ -202,12 +202,13 @@ def agreement(scores:dict, # name -> Scores, of one network
 # %% ../../nbs/dashboard/compare.ipynb #0e43bb00
 def agreement_figure(table:pd.DataFrame, title:str="") -> go.Figure:
     "A square from orange (opposite) over white (nothing in common) to blue (the same)."
-    text = [["–" if np.isnan(v) else f"{v:.2f}" for v in row] for row in table.to_numpy()]
+    t = table.iloc[::-1]
+    text = [["–" if np.isnan(v) else f"{v:.2f}" for v in row] for row in t.to_numpy()]
     scale = [[0, REMOVED], [.5, "#FFFFFF"], [1, "#56B4E9"]]
-    fig = go.Figure(go.Heatmap(z=table.to_numpy(), x=list(table.columns), y=list(table.index), zmin=-1, zmax=1, colorscale=scale, text=text, texttemplate="%{text}", xgap=2, ygap=2, showscale=False, hoverongaps=False,
-                               textfont=dict(color="#222", size=13), hovertemplate="%{y} and %{x}: %{z:.3f}<extra></extra>"))
+    fig = go.Figure(go.Heatmap(z=t.fillna(0).to_numpy(), x=list(t.columns), y=list(t.index), zmin=-1, zmax=1, colorscale=scale, text=text, texttemplate="%{text}", xgap=2, ygap=2, showscale=False,
+                               textfont=dict(color="#222", size=13), hovertemplate="%{y} and %{x}: %{text}<extra></extra>"))
     n = max(map(len, table.index), default=0)
-    fig.update_yaxes(autorange="reversed", scaleanchor="x", constrain="domain", showgrid=False).update_xaxes(side="bottom", constrain="domain", showgrid=False)
+    fig.update_yaxes(scaleanchor="x", constrain="domain", showgrid=False).update_xaxes(side="bottom", constrain="domain", showgrid=False)
     return fig.update_layout(title=title, template="plotly_white", height=160 + 46 * max(3, len(table)), margin=dict(l=30 + 7 * n, r=20, t=50, b=60))
 
 # %% ../../nbs/dashboard/compare.ipynb #ef23beb8

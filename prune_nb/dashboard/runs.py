@@ -204,7 +204,7 @@ def details(folder) -> str:
         parts.append(stages_table({s: result[s] for s in ("baseline", "pruned", "finetuned")}).to_html(float_format="{:.4g}".format, border=0))
     if (folder / "notebook.ipynb").exists():
         link = html.escape(os.path.relpath(folder / "notebook.ipynb"))
-        parts.append(f'<p><a href="{link}" target="_blank">notebook.ipynb</a>, as it was executed</p>')
+        parts.append(f'<p><a href="{link}" target="_blank" style="text-decoration: underline">notebook.ipynb</a>, as it was executed</p>')
     if row.get("asked"): parts.append(f"<p>{html.escape(row['asked'])}</p>")
     return "".join(parts)
 

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['ALIKE', 'is_ours', 'ExploreParams', 'folder_of', 'experiment', 'Opened', 'first_methods', 'open_network',
-           'first_scores', 'scores_alike', 'results']
+           'first_scores', 'scores_alike', 'results', 'spectra']
 
 # %% ../../nbs/dashboard/start.ipynb #8633b277
 import dataclasses
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import pandas as pd, torch
+from IPython.display import Markdown
 from torch import nn
 from ..allocate import OF, allocate
 from ..api import operate
 from ..core import UserError, derived_seed, generator, one_of
 from ..criteria.core import METHODS, Scores, collector_of, first_example, is_example, load_scores, method_ids, score
+from .spectra import Spectra
 from ..data import DATASETS
 from ..experiment.baseline import experiment_data, new_model, set_threads
 from ..experiment.params import Places, PretrainParams, PruneParams, checked, given, param, positive, torch_device
@@ -157,3 +159,9 @@ def scores_alike(opened:Opened, scores:list) -> list:
 def results(opened:Opened, scores:list, ratio:float, of:str) -> list:
     "A `Result` of each at the same budget."
     return [operate(opened.model, allocate(s, ratio, of), s, opened.batches, first_example(opened.data)) for s in scores]
+def spectra(opened:Opened, scores:list, ratio:float, of:str):
+    "The view of the spectra, or a sentence where there are none."
+    found = next((s for s in scores if s.layers), None)
+    if found is None and opened.batches is None: return Markdown("*Spectra are of curvature, which needs the loss on data: give `dataset`.*")
+    found = found or score(opened.model, opened.data, "eigendamage", **opened.settings)
+    return Spectra(found, opened.model, opened.batches, ratio=ratio, of=of if of in ("params", "macs") else "params", **opened.settings)

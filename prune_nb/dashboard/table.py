@@ -14,7 +14,7 @@ LOOK = """
 .prune-nb-table table { border-collapse: collapse; min-width: 100%; }
 .prune-nb-table th { position: sticky; top: 0; padding: 0; background: var(--jp-layout-color2, #eee); text-align: left; vertical-align: bottom; }
 .prune-nb-table th button { all: unset; cursor: pointer; padding: 4px 8px; width: 100%; box-sizing: border-box; font-weight: 600; white-space: normal; vertical-align: bottom; }
-.prune-nb-table td { line-height: 1.35; vertical-align: middle; padding: 3px 8px; white-space: nowrap; }
+.prune-nb-table td { line-height: 1.35; vertical-align: middle; padding: 3px 8px; white-space: nowrap; max-width: 320px; overflow: hidden; text-overflow: ellipsis; }
 .prune-nb-table .number, .prune-nb-table .number button { text-align: right; }
 .prune-nb-table tbody tr { cursor: pointer; }
 .prune-nb-table tbody tr:nth-child(even) { background: var(--jp-rendermime-table-row-background, #f5f5f5); }
@@ -51,7 +51,7 @@ function bodyRow(key, cells, { numeric, selected, opened, ticks }, send) {
     td.onclick = event => event.stopPropagation();
     td.append(box); row.append(td);
   }
-  cells.forEach((text, i) => row.append(element("td", text, { className: numeric[i] ? "number" : "" })));
+  cells.forEach((text, i) => row.append(element("td", text, { className: numeric[i] ? "number" : "", title: text })));
   row.onclick = () => send({ opened: key });
   row.onkeydown = event => {
     if (event.target !== row) return;

@@ -7,7 +7,7 @@ __all__ = ['INK', 'GRID', 'STYLE', 'LOAD', 'PAGE', 'PICTURES', 'Chart', 'live', 
            'load_plotly', 'static_bundle', 'Fit', 'View', 'say', 'guarded', 'on', 'hold', 'busy', 'save']
 
 # %% ../../nbs/dashboard/view.ipynb #4a943a71
-import contextlib, functools, html
+import contextlib, functools, html, os
 from pathlib import Path
 import anywidget, ipywidgets as W
 import pandas as pd
@@ -196,9 +196,10 @@ class View:
         return table(self.data, len(self.data))
 
     def _ipython_display_(self):
-        load_plotly()
+        kernel_only = os.environ.get("SERVER_SOFTWARE", "").startswith("voila")   # its pages always have widgets
+        if not kernel_only: load_plotly()
         display(self.box._repr_mimebundle_() | {"text/html": "", "text/plain": f"{type(self).__name__}()"}, raw=True)
-        display(static_bundle(self.figure), raw=True)
+        if not kernel_only: display(static_bundle(self.figure), raw=True)
 
 # %% ../../nbs/dashboard/view.ipynb #800d7fdb
 def _sentence(e:Exception) -> str: return str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
