@@ -111,7 +111,7 @@ def picture() -> go.FigureWidget:
     fig.update_xaxes(title="input directions, most salient first", row=2, col=1).update_yaxes(title="output directions", row=2, col=1)
     fig.update_xaxes(title="product of eigenvalues", type="log", exponentformat="power", row=2, col=2).update_yaxes(type="log", exponentformat="power", row=2, col=2)
     cut = dict(type="line", xref="x3", yref="y5", line=dict(color=REMOVED, width=4))
-    fig.update_layout(height=760, margin=dict(l=60, r=20, t=80, b=50), legend=dict(orientation="h", x=0, y=1.06, yanchor="bottom", itemclick=False, itemdoubleclick=False), hovermode="closest",
+    fig.update_layout(height=760, margin=dict(l=60, r=20, t=80, b=50), legend=dict(orientation="h", x=0, yref="container", y=.99, yanchor="top", itemclick=False, itemdoubleclick=False), hovermode="closest",
                       shapes=[dict(cut, name="inputs"), dict(cut, name="outputs")]).update_annotations(font_size=13)
     return live(fig, edits=dict(shapePosition=True))
 
@@ -138,6 +138,7 @@ class Spectra(View):
         self.cap, self.rows = cap, pd.DataFrame([dict(layer=k, **layer_row(l)) for k, l in scores.layers.items()]).set_index("layer")
         self.chart, self.tiles, self.list = picture(), W.HTML(layout=dict(width="100%")), W.HTML()
         self.widgets = controls(self, ratio, of)
+        self.widgets["layer"].value = self.rows.redundancy.idxmax()
         self.lay_out(), self.connect()
         self.guarded(self.rebudget)()
 
@@ -218,7 +219,7 @@ def show_pairs(self:Spectra, name, layer):
     ends = [min(x.min(), y.min()) / 2, max(x.max(), y.max()) * 2] if len(x) else []
     with self.chart.batch_update():
         self.chart.data[10].update(x=x, y=y), self.chart.data[11].update(x=ends, y=ends)
-        for axis, v in ((self.chart.layout.xaxis4, x), (self.chart.layout.yaxis6, y)): axis.update(decades(v))
+        for axis, v in ((self.chart.layout.xaxis4, x), (self.chart.layout.yaxis6, y)): axis.update(visible=known, **decades(v))
         self.chart.layout.annotations[3].text = PANEL[3] if known else PANEL[3] + " (not measured)"
 
 def place_cut(self:Spectra):
