@@ -258,8 +258,10 @@ class Budget:
         costs = ("params", "macs", *["latency"] * (self.table is not None))
         settings |= {c: space.left(counts, c, of if of != "units" else "params") for c in costs}
         made = (lambda: dict(cuts=cuts(self.scores, units))) if units is not None else lambda: space.changes(counts, of)
-        predicted = lambda: math.nan if not space.loss else space.predicted(counts) if units is None else sum(c.predicted for c in made()["cuts"].values())
-        return Choice(space.kept(counts, of), settings, made, predicted, self.scores)
+        kept = space.kept(counts, of)
+        cut = counts * np.repeat([form != "dense" for form, *_ in kept.values()], 2) if isinstance(space, Directions) else counts   # a layer that stays as it is loses nothing
+        predicted = lambda: math.nan if not space.loss else space.predicted(cut) if units is None else sum(c.predicted for c in made()["cuts"].values())
+        return Choice(kept, settings, made, predicted, self.scores)
 
 # %% ../nbs/allocate.ipynb #6e91afd0
 def _by_ratio(b:Budget, ratio, of):
