@@ -106,12 +106,12 @@ def reached(line:Line, target:Target) -> np.ndarray:
     return next((c for way in ways if target.met(c := way())), line.counts(n))
 
 # %% ../nbs/allocate.ipynb #e7642194
-def below(line:Line, space, loss:float) -> np.ndarray:
+def below(line:Line, space, loss:float, of:str) -> np.ndarray:
     "Units of every part at the last place in the line where the predicted rise of the loss is at most `loss`."
     low, high = 0, len(line)
     while low < high:
         middle = (low + high + 1) // 2
-        if space.predicted(line.counts(middle)) <= loss: low = middle
+        if space.predicted(line.counts(middle), of) <= loss: low = middle
         else: high = middle - 1
     return line.counts(low)
 
@@ -258,10 +258,8 @@ class Budget:
         costs = ("params", "macs", *["latency"] * (self.table is not None))
         settings |= {c: space.left(counts, c, of if of != "units" else "params") for c in costs}
         made = (lambda: dict(cuts=cuts(self.scores, units))) if units is not None else lambda: space.changes(counts, of)
-        kept = space.kept(counts, of)
-        cut = counts * np.repeat([form != "dense" for form, *_ in kept.values()], 2) if isinstance(space, Directions) else counts   # a layer that stays as it is loses nothing
-        predicted = lambda: math.nan if not space.loss else space.predicted(cut) if units is None else sum(c.predicted for c in made()["cuts"].values())
-        return Choice(kept, settings, made, predicted, self.scores)
+        predicted = lambda: math.nan if not space.loss else space.predicted(counts, of) if units is None else sum(c.predicted for c in made()["cuts"].values())
+        return Choice(space.kept(counts, of), settings, made, predicted, self.scores)
 
 # %% ../nbs/allocate.ipynb #6e91afd0
 def _by_ratio(b:Budget, ratio, of):
@@ -342,7 +340,7 @@ def _by_loss(b:Budget, loss, of):
     if not b.space.loss: raise UserError(f"Saliencies of {b.scores.method!r} are no losses, so that nothing is predicted. Give ratio or threshold, or take a method that measures the loss.")
     if isinstance(loss, bool) or not isinstance(loss, (int, float)) or not 0 <= loss < math.inf: raise UserError(f"Invalid loss {loss!r}. Valid: a number of nats from 0.")
     if not isinstance(b.space, Menus):
-        within = lambda line: below(line, b.space, loss)
+        within = lambda line: below(line, b.space, loss, of)
         return within(b.line(of)) if b.how != "multiplier" else priced(b.space, b.allowed, of, within, lambda counts: -Target(b.space, 0, of).removed(counts))
     _cost_of_menus(b, of)
     if b.how == "uniform": raise UserError("A budget of loss is spent by the multiplier alone: leave how out, or give ratio.")

@@ -75,7 +75,7 @@ class Channels:
         half = np.maximum((self.sizes - counts) // 2, 1)
         return np.array([(self.left(counts, of) - self.left(counts + h * e, of)) / h for h, e in zip(half, np.eye(len(counts), dtype=int))])
 
-    def predicted(self, counts) -> float:
+    def predicted(self, counts, of=None) -> float:
         "The summed saliency of what goes."
         return float(sum(s[:n].sum() for s, n in zip(self.saliency, counts)))
 
@@ -132,10 +132,6 @@ class Sides:
         kept = self.sizes - counts
         return kept[::2], kept[1::2]
 
-    def predicted(self, counts) -> float:
-        "Predicted rise of the loss; what is in a removed row and a removed column counts once."
-        return float(sum(self.losses(n)[o - 1, i - 1] for n, (o, i) in enumerate(zip(*self.ranks(counts)))))
-
     def losses(self, n:int) -> np.ndarray:
         "What is lost at every pair of ranks of layer `n`, C_out x C_in."
         if n not in self.tables:
@@ -169,6 +165,10 @@ class Directions(Sides):
         half, out, both = np.maximum((self.sizes - counts) // 2, 1), np.empty(len(counts)), lambda gone: self.costs(*self.ranks(counts + gone), of)[FORMS.index("both")]
         for side in (0, 1): out[side::2] = (both(0) - both(np.where(np.arange(len(counts)) % 2 == side, half, 0))) / half[side::2]
         return out
+
+    def predicted(self, counts, of:str) -> float:
+        "Predicted rise of the loss; what is in a removed row and a removed column counts once, and a layer that stays as it is loses nothing."
+        return float(sum(self.losses(n)[o - 1, i - 1] for n, (f, o, i) in enumerate(zip(self.forms(counts, of), *self.ranks(counts))) if f))
 
     def kept(self, counts, of:str) -> dict:
         "Layer name -> (form, rows kept, columns kept)."
@@ -246,7 +246,7 @@ class Menus:
         return int(self.rest(of)) + sum(getattr(e, of) for e in entries.values())
 
     def kept(self, entries:dict, of) -> dict: return {k: (e.form, e.r_out, e.r_in) for k, e in entries.items()}
-    def predicted(self, entries:dict) -> float: return sum(e.predicted for e in entries.values())
+    def predicted(self, entries:dict, of=None) -> float: return sum(e.predicted for e in entries.values())
     def changes(self, entries:dict, of) -> dict:
         "What every layer becomes whose entry is not dense."
         if not self.fitted: return dict(layers=factorizations(self.sides, {k: selected(e, self.losses[k], self.shapes[k]) for k, e in entries.items()}, {k: e.predicted for k, e in entries.items()}), bases=self.scores.bases)
