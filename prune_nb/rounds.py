@@ -163,4 +163,4 @@ def plan_of_all(total:Plan|None, # from the original to where the round began; N
                 model:nn.Module, # the original
                 ) -> Plan:
     "The plan that gives what the rounds have given together, in shape; weights have been trained meanwhile."
-    return composed(total, plan, model) if total and total.cuts and plan.cuts else plan
+    return composed(dataclasses.replace(total, updates={}), dataclasses.replace(plan, updates={}), model) if total and total.cuts and plan.cuts else plan

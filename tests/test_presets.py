@@ -30,11 +30,12 @@ def test_through_the_notebook():
     with pytest.raises(UserError, match="Did you mean"): guard(preset="eigendamage-vgg19-cifar1000")
 
 
-# What presets differ in. One of each kind is run, the one that removes least, since networks are small here: narrower VGGs and DenseNets, fewer blocks of the same kind for the ResNets x4 and -110. On ImageNet's networks, methods
-# that need the same statistics are alike; each of them runs on another network.
+# What presets differ in. One of each kind is run, the one that removes least, since networks are small here: narrower VGGs and DenseNets, fewer blocks of the same kind for the ResNets of CIFAR. On ImageNet's networks, methods
+# that need the same statistics are alike; each of them runs on another network, those of second order there alone.
 ALIKE = dict(resnet32="resnet20", resnet110="resnet56", resnet34="resnet18", resnet101="resnet50")
-SMALLER = dict(vgg16="vgg16x0.125", vgg19="vgg19x0.125", resnet32x4="resnet8", resnet110="resnet20", densenet40="densenet40x0.5")
+SMALLER = dict(vgg16="vgg16x0.125", vgg19="vgg19x0.125", resnet32x4="resnet8", resnet20="resnet8x0.5", resnet56="resnet20x0.5", resnet110="resnet20x0.5", densenet40="densenet40x0.5")
 SIDES = dict(imagenet=32)   # pixels
+SECOND = ("gate_obd", "taylor_second_order")   # a pass for every unit
 DEEPEST = "taylor-gate-resnet101-gates-75"
 
 def kind(p):
@@ -52,7 +53,7 @@ def small(p) -> dict:
     return quick
 
 KINDS = {}
-for preset in sorted(UNIQUE.values(), key=lambda p: (p.parameters["model"] in ALIKE, p.parameters.get("ratio", 0), p.name)): KINDS.setdefault(kind(preset.parameters), preset)
+for preset in sorted(UNIQUE.values(), key=lambda p: (p.parameters["model"] in ALIKE, p.parameters["method"] in SECOND, p.parameters.get("ratio", 0), p.name)): KINDS.setdefault(kind(preset.parameters), preset)
 KINDS[DEEPEST] = PRESETS[DEEPEST]
 
 
