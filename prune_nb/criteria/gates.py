@@ -164,11 +164,11 @@ def differentiated(gates:Gates, x, y, **how) -> tuple:
 # %% ../../nbs/criteria/gates.ipynb #2eeb9a52
 def gradients_of_each(gates:Gates, x, y) -> tuple:
     "(Group name -> examples x units: gradients of the loss of each example, the losses)."
-    alone = lambda f: (mapped(x, f), mapped(y, f))
+    alone = lambda f, other=lambda t: t: tuple(mapped(v, lambda t: f(t) if t.dim() and len(t) == len(y) else other(t)) for v in (x, y))   # what is shared by all examples stays
     one = grad_and_value(lambda z, x, y: depends(gates.value(z, x, y)))
-    each = alone(lambda t: 0 if t.dim() else None)
-    try: return vmap(one, (None, *each), randomness="same")(gates.ones, *alone(lambda t: t[:, None] if t.dim() else t))
-    except RuntimeError: found = [differentiated(gates, *alone(lambda t: t[i:i + 1] if t.dim() else t))[1:] for i in range(len(y))]
+    each = alone(lambda t: 0, lambda t: None)
+    try: return vmap(one, (None, *each), randomness="same")(gates.ones, *alone(lambda t: t[:, None]))
+    except RuntimeError: found = [differentiated(gates, *alone(lambda t: t[i:i + 1]))[1:] for i in range(len(y))]
     return {g: torch.stack([f[g] for _, f in found]) for g in gates.ones}, torch.stack([v for v, _ in found])
 
 # %% ../../nbs/criteria/gates.ipynb #d733712c
@@ -239,8 +239,8 @@ def batches_of(data, samples:int=None, device="cpu", progress=True):
     left = float("inf") if samples is None else samples
     for x, y in (Progress(data, "gates") if progress else data):
         if left <= 0: return
-        n = int(min(left, len(y)))
-        x, y = (to_device(mapped(t, lambda t: t[:n] if t.dim() else t), device) for t in (x, y))
+        total, n = len(y), int(min(left, len(y)))
+        x, y = (to_device(mapped(t, lambda t: t[:n] if t.dim() and len(t) == total else t), device) for t in (x, y))
         left -= n
         yield x, y, n
 
