@@ -121,7 +121,7 @@ class KronOBS(KronOBD):
     name, damping = "kron_obs", 1e-3   # relative to the mean eigenvalue of A (x) G
 
     def __call__(self, f:Filters, at) -> torch.Tensor:
-        if not f.G.any(): return torch.zeros(len(at), dtype=torch.float64)
+        if not f.G.any(): return torch.zeros(len(at), dtype=torch.float64, device=at.device)
         own = within(dense(inverse(f.G, self.damping)), at)
         return .5 * torch.linalg.solve(own, within(f.energy, at)).diagonal(dim1=1, dim2=2).sum(1)
 
@@ -133,7 +133,7 @@ class COBS(KronOBS):
     name = "c_obs"
 
     def __call__(self, f:Filters, at) -> torch.Tensor:
-        if not f.G.any() or not f.A.any(): return torch.zeros(len(at), dtype=torch.float64)
+        if not f.G.any() or not f.A.any(): return torch.zeros(len(at), dtype=torch.float64, device=at.device)
         out, into = (inverse(t, self.damping).diagonal(dim1=1, dim2=2) for t in (f.G, f.A))
         return .5 * (f.weight.square() / (out[:, :, None] * into[:, None])).sum(2).flatten()[at].sum(1)
 

@@ -191,6 +191,8 @@ def composed(first:Plan, second:Plan, model:nn.Module) -> Plan:
     if first.layers and second.cuts: raise UserError("The second plan cuts channels of a network that the first has factorised. Cut channels first, then factorise.")
     if (twice := first.layers.keys() & second.layers.keys()): raise UserError(f"Both plans factorise {sorted(twice)}. Plan these layers anew.")
     removed = _fitting(first, model)
+    for plan, gone in ((first, removed), (second, second.removed)):
+        for n, u in plan.updates.items(): u.check(n, _rows(gone, n))
     def place(name, d, at):
         gone = removed.get(name, {}).get(d)
         return at if gone is None else np.delete(np.arange(max(at.max() + len(gone), gone.max()) + 1), gone)[at]
