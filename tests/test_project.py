@@ -8,7 +8,7 @@ from prune_nb.experiment.params import PretrainParams, PruneParams, parameters_c
 from prune_nb.experiment.sweep import SweepParams
 
 NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
-EXPERIMENTS = dict(prune=PruneParams, pretrain=PretrainParams, sweep=SweepParams)
+EXPERIMENTS = dict(prune=PruneParams, pretrain=PretrainParams, sweep=SweepParams, explore=ExploreParams)
 
 
 def test_metadata_agrees():
