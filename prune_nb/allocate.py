@@ -184,11 +184,12 @@ class Limits:
         return {k: (0. if ignored[k] else caps[k], floors[k], self.round_to) for k in space.names}
 
 # %% ../nbs/allocate.ipynb #54195ba6
-def _limits(space, limits) -> str:
+def _limits(space, limits, of) -> str:
     "What ends the reachable range, in words."
     noun, units, frozen = space.noun
     names = dict(caps="caps", floors="floors", round_to=f"multiples of {limits.round_to}", ignore="what is ignored")
     parts = [] if isinstance(space, Menus) else [f"the cap of {limits.cap:g} of every {noun}'s {units}"]
+    if of == "latency": parts += [f"the {(space.table.fixed if isinstance(space, Channels) else space.table.rest) / space.table.whole:.0%} of the milliseconds that are none of the layers'"]
     parts += [names[k] for k in limits.given] + [f"the {len(space.scores.skipped)} {frozen}"]
     return ", ".join(parts[:-1]) + " and " * (len(parts) > 1) + parts[-1] + " set the end"
 
@@ -196,7 +197,7 @@ def _limits(space, limits) -> str:
 def _refuse(line, target, limits):
     removed, n = lambda n: target.removed(line.counts(n)), place(line, target)[1]
     reachable = removed(len(line))
-    if target.ratio > reachable: raise UserError(f"Cannot remove {target.ratio:.1%} of the {target.of}: 0 to {reachable:.1%} can be reached; {_limits(target.space, limits)}. Lower ratio or raise cap.")
+    if target.ratio > reachable: raise UserError(f"Cannot remove {target.ratio:.1%} of the {target.of}: 0 to {reachable:.1%} can be reached; {_limits(target.space, limits, target.of)}. Lower ratio or raise cap.")
     near = sorted({round(removed(m), 4) for m in (n, min(n + 1, len(line)))})
     raise UserError(f"Cannot remove {target.ratio:.1%} of the {target.of} to within 1 %: the nearest steps remove {' and '.join(f'{r:.1%}' for r in near)}. Choose one of them as ratio.")
 
@@ -253,8 +254,10 @@ class Budget:
         costs = ("params", "macs", *["latency"] * (self.table is not None))
         settings |= {c: space.left(counts, c, of if of != "units" else "params") for c in costs}
         made = (lambda: dict(cuts=cuts(self.scores, units))) if units is not None else lambda: space.changes(counts, of)
-        predicted = lambda: math.nan if not space.loss else space.predicted(counts) if units is None else sum(c.predicted for c in made()["cuts"].values())
-        return Choice(space.kept(counts, of), settings, made, predicted, self.scores)
+        kept = space.kept(counts, of)
+        cut = counts * np.repeat([form != "dense" for form, *_ in kept.values()], 2) if isinstance(space, Directions) else counts   # a layer that stays as it is loses nothing
+        predicted = lambda: math.nan if not space.loss else space.predicted(cut) if units is None else sum(c.predicted for c in made()["cuts"].values())
+        return Choice(kept, settings, made, predicted, self.scores)
 
 # %% ../nbs/allocate.ipynb #6e91afd0
 def _by_ratio(b:Budget, ratio, of):
@@ -274,20 +277,23 @@ def _cost_of_menus(b:Budget, of):
     valid = [c for c in OF if c != "units"]
     if of not in valid: raise UserError(f"The method {b.scores.method!r} chooses forms by their cost, and has no units to count. Valid: {', '.join(valid)}.")
 
-def _each(b:Budget, of, ratios) -> dict:
-    "For every layer the entry of least predicted loss that removes its ratio of its own cost; the cheapest where none does."
-    dense, menus = b.space.dense(of), b.space.menus(of)
-    return {k: m[max(0, np.searchsorted(getattr(m, of), (1 - r) * d * (1 + 1e-12), "right") - 1)] for (k, m), d, r in zip(menus.items(), dense, ratios)}
+def _each(b:Budget, of, ratios) -> list:
+    "For every layer the place in its menu of least predicted loss that removes its ratio of its own cost; the cheapest where none does."
+    return [max(0, int(np.searchsorted(getattr(m, of), (1 - r) * d * (1 + 1e-12), "right")) - 1) for m, d, r in zip(b.space.menus(of).values(), b.space.dense(of), ratios)]
 
-def _evenly(b:Budget, budget, of) -> dict:
-    "The largest same share of every layer that comes within the budget."
-    low, high, least = 0., 1., _each(b, of, [1.] * len(b.space.names))
+def _evenly(b:Budget, budget, of) -> list:
+    "Places for the largest same share of every layer that comes within the budget; what is left of it goes to the layers in their order."
+    costs, low, high = [getattr(m, of) for m in b.space.menus(of).values()], 0., 1.
+    slack = lambda places: budget - b.space.rest(of) - sum(c[i] for c, i in zip(costs, places))
     for _ in range(50):
         middle = (low + high) / 2
-        entries = _each(b, of, [middle] * len(b.space.names))
-        if b.space.left(entries, of) <= budget: high, least = middle, entries
+        if slack(_each(b, of, [middle] * len(costs))) >= 0: high = middle
         else: low = middle
-    return least
+    places = _each(b, of, [high] * len(costs))
+    for n, c in enumerate(costs): places[n] = max(places[n], int(np.searchsorted(c, c[places[n]] + slack(places), "right")) - 1)
+    return places
+
+def _entries(b:Budget, of, places) -> dict: return {k: m[i] for (k, m), i in zip(b.space.menus(of).items(), places)}
 
 # %% ../nbs/allocate.ipynb #ed70d6a9
 def _from_menus(b:Budget, ratio, of) -> dict:
@@ -296,8 +302,8 @@ def _from_menus(b:Budget, ratio, of) -> dict:
     space, total, menus = b.space, b.space.total(of), b.space.menus(of)
     least = sum(float(min(getattr(m, of))) for m in menus.values()) + space.rest(of)
     ends = "with one rank in every layer; " if not b.limits.given else ""
-    if (1 - ratio) * total < least: raise UserError(f"Cannot remove {ratio:.1%} of the {of}: 0 to {1 - least / total:.1%} can be reached, {ends}{_limits(space, b.limits)}. Lower ratio.")
-    entries = choose(menus, (1 - ratio) * total - space.rest(of), of) if b.how == "multiplier" else _evenly(b, (1 - ratio) * total, of)
+    if (1 - ratio) * total < least: raise UserError(f"Cannot remove {ratio:.1%} of the {of}: 0 to {1 - least / total:.1%} can be reached, {ends}{_limits(space, b.limits, of)}. Lower ratio.")
+    entries = choose(menus, (1 - ratio) * total - space.rest(of), of) if b.how == "multiplier" else _entries(b, of, _evenly(b, (1 - ratio) * total, of))
     removed = 1 - space.left(entries, of) / total
     if removed - ratio > .01: raise UserError(f"Cannot remove {ratio:.1%} of the {of} to within 1 %: the nearest choice removes {removed:.1%}. Choose that as ratio.")
     return entries
@@ -307,7 +313,7 @@ def _by_ratios(b:Budget, ratios, of):
     "What goes for shares of single layers or groups."
     shares = by_name("ratios", ratios, b.space.names, 0.)
     for r in shares.values(): _share("ratio", r)
-    if isinstance(b.space, Menus): _cost_of_menus(b, of); return _each(b, of, shares.values())
+    if isinstance(b.space, Menus): _cost_of_menus(b, of); return _entries(b, of, _each(b, of, shares.values()))
     if of != "units": raise UserError(f"Ratios of single {b.space.noun[0]}s are shares of their {b.space.noun[1]}, not of the {of}. Leave `of` out.")
     return _at_most(b, [int(shares[k] * n + 1e-9) for k, n in zip(b.space.owners, b.space.sizes)])
 

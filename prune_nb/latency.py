@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONVS', 'POINTS', 'ROLES', 'Kind', 'kind_of', 'layer_ms', 'widths', 'monotone', 'device_name', 'Measured', 'Grids',
-           'Latency', 'layer_sizes', 'latency_table', 'latency_report']
+           'LayerTimes', 'Latency', 'layer_sizes', 'latency_table', 'latency_report']
 
 # %% ../nbs/latency.ipynb #3fb9d777
 import json, re, statistics, time
@@ -145,14 +145,43 @@ ROLES = {False: dict(dense=[("own", "O", "I")], **{"in": [("into", "i", "I"), ("
 
 # %% ../nbs/latency.ipynb #cc2434a1
 @dataclass
-class Latency:
-    "Milliseconds of a network whose layers become narrower, or several."
-    whole: float     # milliseconds of the network as it is
-    covered: float   # share of the multiply-accumulates in layers that were measured
+class LayerTimes:
+    "Milliseconds of layers, narrower or in several."
     layers: dict     # name -> (outputs, inputs, positions of the output, whether it has one tap)
     tables: dict     # name -> {"own" | "into" | "back" | "depthwise": number of its table}
     grids: Grids
-    fixed: float = 0.  # milliseconds of the rest that stay whatever is cut
+    scale = 1.       # what all are multiplied by
+
+    def form_ms(self, names:list, form:str, r_out, r_in) -> np.ndarray:
+        "Of each of these layers, in a form of these ranks."
+        missing = [n for n in names if "back" not in self.tables.get(n, {})]
+        if missing: raise UserError(f"The latency table lacks the factors of {', '.join(missing[:5])}. Make one for these scores: latency_table(model, inputs, scores).")
+        layers = np.array([self.layers[n] for n in names])
+        values, size = dict(zip("OIoi1", np.broadcast_arrays(layers[:, 0], layers[:, 1], r_out, r_in, 1))), np.broadcast(layers[:, 0], r_out, r_in).size
+        parts = []
+        for one_tap in (False, True):
+            at = np.flatnonzero(np.broadcast_to(layers[:, 3] == one_tap, size))
+            for role, outs, ins in ROLES[one_tap].get(form, []) if len(at) else []:
+                which = np.broadcast_to([self.tables[n].get(role, 0) for n in names], size)
+                parts.append((at, which[at], values[outs][at], values[ins][at]))
+        at, which, o, i = (np.concatenate(column) for column in zip(*parts))
+        return self.scale * np.bincount(at, self.grids(which, o, i), size)
+
+    def entries_ms(self, name:str, menu) -> np.ndarray:
+        "Of every entry of a layer's menu."
+        out = np.empty(len(menu))
+        for f in np.unique(menu.form):
+            at = menu.form == f
+            out[at] = self.form_ms([name], ALL_FORMS[f], menu.r_out[at], menu.r_in[at])
+        return out
+
+# %% ../nbs/latency.ipynb #0b909b0b
+@dataclass
+class Latency(LayerTimes):
+    "Milliseconds of a network whose layers become narrower, or several."
+    whole: float      # milliseconds of the network as it is
+    covered: float    # share of the multiply-accumulates in layers that were measured
+    fixed: float = 0. # milliseconds of the rest that stay whatever is cut
 
     def __post_init__(self):
         self.sizes = np.array([l[:2] for l in self.layers.values()], int).reshape(-1, 2)
@@ -173,29 +202,6 @@ class Latency:
             share = (positions @ o) / (positions @ self.sizes[:, 0])
             return float(self.scale * self.grids(self.own, o, i).sum() + self.fixed + (self.rest - self.fixed) * share)
         return left
-
-    def form_ms(self, names:list, form:str, r_out, r_in) -> np.ndarray:
-        "Milliseconds of each of these layers in a form of these ranks."
-        missing = [n for n in names if "back" not in self.tables.get(n, {})]
-        if missing: raise UserError(f"The latency table lacks the factors of {', '.join(missing[:5])}. Make one for these scores: latency_table(model, inputs, scores).")
-        (O, I), total = np.array([self.layers[n][:2] for n in names]).T, np.zeros(np.broadcast(np.arange(len(names)), r_out, r_in).shape)
-        for taps in (False, True):
-            at = np.array([self.layers[n][3] == taps for n in names])
-            if not at.any(): continue
-            if form not in ROLES[taps]: total[..., at if len(names) > 1 else slice(None)] = np.inf; continue
-            values = dict(O=O, I=I, o=r_out, i=r_in) | {"1": 1}
-            for role, outs, ins in ROLES[taps][form]:
-                which = np.array([self.tables[n].get(role, 0) for n in names])
-                total = total + np.where(at, self.scale * self.grids(which, values[outs], values[ins]), 0)
-        return total
-
-    def entries_ms(self, name:str, menu) -> np.ndarray:
-        "Milliseconds of every entry of a layer's menu."
-        out = np.empty(len(menu))
-        for f in np.unique(menu.form):
-            at = menu.form == f
-            out[at] = self.form_ms([name], ALL_FORMS[f], menu.r_out[at], menu.r_in[at])
-        return out
 
     def _repr_html_(self): return f"<p>{self.whole:.3g} ms, {len(self.layers)} layers measured, with {self.covered:.1%} of the multiply-accumulates; {self.rest:.3g} ms are none of theirs, {self.fixed:.3g} of them fixed.</p>"
 
@@ -251,7 +257,7 @@ def latency_table(model:nn.Module,
     with untouched(model):
         both = [model.eval(), Plan("", "", cuts=cuts(scores, half)).apply(model)]
         whole, thin = np.median([[measure(m, inputs) for m in both] for _ in range(3)], axis=0).tolist()
-    table = Latency(whole, sum(macs.get(n, 0) for n in layers) / max(sum(macs.values()), 1), layers, tables, grids)
+    table = Latency(layers, tables, grids, whole, sum(macs.get(n, 0) for n in layers) / max(sum(macs.values()), 1))
     if half: table.fixed = _fixed(table, thin, scores.groups, [len(half.get(k, ())) for k in scores.groups])
     return table
 

@@ -230,8 +230,9 @@ def connect(self:Layers):
     self.on(w["method"], self.select)
     for n in ("of", "how", "cap"): self.on(w[n], self.replan)
     self.on(w["ratio"], self.draw)
-    self.on(self.pages, self.show_page, "selected_index")
-    for n, act in (("layer", self.inspect), ("rule", self.set_rule), ("share", self.set_rule), ("clear", self.clear_rules), ("apply", self.apply)): self.on(w[n], act)
+    self.on(self.pages, self.show_page, "selected_index", clears=False)
+    self.on(w["layer"], self.inspect, clears=False)
+    for n, act in (("rule", self.set_rule), ("share", self.set_rule), ("clear", self.clear_rules), ("apply", self.apply)): self.on(w[n], act)
     for bar in self.chart.data[:4]: bar.on_click(self.guarded(lambda trace, points, state: points.point_inds and self.choose_layer(self.layers[points.point_inds[0]])))
 
 Layers.lay_out, Layers.connect = lay_out, connect

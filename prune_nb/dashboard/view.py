@@ -201,14 +201,16 @@ def say(self:View, text:str="", error=False):
 View.say = say
 
 # %% ../../nbs/dashboard/view.ipynb #7ed92df6
-def guarded(self:View, act):
+def guarded(self:View, act, clears=True # whether the error shown before is over when this goes well
+            ):
     "`act`, whose errors are shown in the view and kept in `error`. Does nothing while the view is held."
     @functools.wraps(act)
     def safe(*args):
         if self.held: return
         try:
-            if self.error: self.say()
-            self.error = None
+            if self.error and clears:
+                self.say()
+                self.error = None
             return act(*args)
         except Exception as e:
             self.error = e
@@ -218,9 +220,9 @@ def guarded(self:View, act):
 View.guarded = guarded
 
 # %% ../../nbs/dashboard/view.ipynb #0f769816
-def on(self:View, widget, act, trait="value"):
-    "Call `act()` when a value of `widget` changes, or when it is clicked."
-    safe = self.guarded(act)
+def on(self:View, widget, act, trait="value", clears=True):
+    "Call `act()` when a value of `widget` changes, or when it is clicked; see `guarded`."
+    safe = self.guarded(act, clears)
     if isinstance(widget, W.Button): widget.on_click(lambda _: safe())
     else: widget.observe(lambda _: safe(), trait)
     return widget
@@ -249,6 +251,13 @@ View.busy = busy
 PAGE = '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>{style}</head><body class="prune-nb" style="font-family:sans-serif;margin:16px">{figure}{notes}</body></html>'
 PICTURES = (".svg", ".png", ".pdf")
 
+def _image(figure, kind, width) -> bytes:
+    "A picture by kaleido, called without its MathJax, which it would load from the network."
+    try:
+        import kaleido
+        return kaleido.calc_fig_sync(figure.to_dict(), opts=dict(format=kind, width=width, height=figure.layout.height or 500, scale=1), kopts=dict(mathjax=False))
+    except (ImportError, RuntimeError) as e: raise UserError(f"A picture needs kaleido and a Chromium browser ({' '.join(str(e).split())[:120]}). Install prune_nb[dashboard] and Chromium, or save as .html.") from None
+
 def save(self:View, path, width=1280 # of a picture, in pixels
          ):
     "Write the view as it is now: a page (.html) that needs no network, or a picture (.svg, .png, .pdf). Raises `UserError` for another kind of file, and where kaleido or a browser is missing."
@@ -256,7 +265,6 @@ def save(self:View, path, width=1280 # of a picture, in pixels
     if one_of("kind of file", path.suffix, (".html", *PICTURES)) == ".html":
         figure = pio.to_html(self.figure, dict(displaylogo=False, responsive=True), full_html=False)
         return write_atomic(path, PAGE.format(title=html.escape(self.title), style=STYLE, figure=figure, notes=self.notes))
-    try: write_atomic(path, self.figure.to_image(path.suffix[1:], width=width))
-    except (ValueError, RuntimeError) as e: raise UserError(f"A picture needs kaleido and a Chromium browser ({' '.join(str(e).split())[:120]}). Install prune_nb[dashboard] and Chromium, or save as .html.") from None
+    write_atomic(path, _image(self.figure, path.suffix[1:], width))
 
 View.save = save
