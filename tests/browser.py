@@ -1,7 +1,9 @@
 "JupyterLab and voila in processes of their own, on copies of notebooks; and Debian's chromium, driven by playwright, which looks at them."
-import contextlib, json, os, shutil, socket, subprocess, sys, time, urllib.request
+import contextlib, json, os, shutil, socket, subprocess, sys, time
 from pathlib import Path
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import sync_playwright
+from prune_nb.experiment.params import PruneParams
+from prune_nb.experiment.pruning import Experiment
 
 ROOT = Path(__file__).parents[1]
 LAB = ["--allow-root", "--no-browser", "--expose-app-in-browser", "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.terminals_enabled=False", "--ServerApp.log_level=ERROR",
@@ -26,6 +28,13 @@ def workspace(folder, notebooks) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values))
     return folder
+
+
+def small_run(folder, method, ratio, name="", **given) -> Experiment:
+    "A real experiment of a moment, in `folder/runs`, dense network included."
+    e = Experiment(PruneParams(**dict(method=method, ratio=ratio, of="macs", model="lenet", pretrain_epochs=2, epochs=3, samples=256, runs_dir=str(folder / "runs"), run_name=name or f"{method}-{ratio}") | given).validated())
+    e.baseline(), e.prune(), e.finetune(), e.finish()
+    return e
 
 
 def environment(folder) -> dict:

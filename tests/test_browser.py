@@ -2,11 +2,9 @@
 Pictures of every dashboard, at two widths and in both themes, are left in tests/screenshots for people to look at."""
 import re, shutil
 import pytest
-from browser import Seen, browsing, lab, voila, workspace
+from browser import Seen, browsing, lab, small_run, voila, workspace
 from conftest import ROOT, read_json
 from playwright.sync_api import expect
-from prune_nb.experiment.params import PruneParams
-from prune_nb.experiment.pruning import Experiment
 
 PICTURES = ROOT / "tests/screenshots"
 VIEWS = ("Layers", "Spectra", "Compare", "Runs")
@@ -21,9 +19,7 @@ def browser():
 def home(tmp_path_factory):
     "A project with the notebook, three real runs, and one that was damaged."
     home = workspace(tmp_path_factory.mktemp("browser") / "project", [ROOT / "nbs/explore.ipynb"])
-    for method, ratio in (("l1", .5), ("l1", .7), ("eigendamage", .5)):
-        e = Experiment(PruneParams(method=method, ratio=ratio, of="macs", model="lenet", pretrain_epochs=2, epochs=3, samples=256, runs_dir=str(home / "runs"), run_name=f"{method}-{ratio}").validated())
-        e.baseline(), e.prune(), e.finetune(), e.finish()
+    for method, ratio in (("l1", .5), ("l1", .7), ("eigendamage", .5)): small_run(home, method, ratio)
     shutil.copytree(home / "runs/l1-0.5", home / "runs/damaged")
     (home / "runs/damaged/result.json").write_text("{")
     (home / "runs/l1-0.5/notebook.ipynb").write_text((ROOT / "nbs/explore.ipynb").read_text())

@@ -154,7 +154,7 @@ def picture(layers) -> go.FigureWidget:
     size = 11 if n <= 30 else 9 if n <= 90 else 7
     fig.update_xaxes(type="category", tickangle=-90, tickfont_size=size, dtick=1, showticklabels=n <= 150, row=1, col=1).update_yaxes(title="inputs    % kept    outputs", range=[-104, 104], tickvals=[-100, -50, 0, 50, 100], ticktext=[100, 50, 0, 50, 100], row=1, col=1)
     fig.update_xaxes(title="saliency", row=2, col=1).update_yaxes(title="units", row=2, col=1).update_xaxes(title="fraction gone", tickformat=".0%", range=[0, 1], row=2, col=2)
-    fig.update_layout(barmode="relative", bargap=.15, height=640, margin=dict(l=60, r=15, t=60, b=45), legend=dict(orientation="h", x=0, y=1.02, yanchor="bottom", itemclick=False, itemdoubleclick=False), hovermode="closest")
+    fig.update_layout(barmode="relative", bargap=.15, height=640, margin=dict(l=60, r=15, t=70, b=45), legend=dict(orientation="h", x=0, yref="container", y=.99, yanchor="top", itemclick=False, itemdoubleclick=False), hovermode="closest")
     return live(fig)
 
 # %% ../../nbs/dashboard/layers.ipynb #f9bb8864
@@ -479,7 +479,7 @@ def apply(self:Layers):
             self.say("Measuring accuracy ...")
             measured["accuracy"] = [evaluate(m, self.test)["accuracy"] for m in pair]
         self.say("Measuring latency ...")
-        self.measured = measured | dict(latency=latencies_ms(pair, self.example, 2, 10))
+        self.measured = measured | dict(latency=latencies_ms(pair, self.example, 3, 20))
     self.show_tiles()
     self.say(f"Applied: view.result.model is the smaller network; it differs from the masked original by {self.result.difference:.1e}.")
 
