@@ -51,10 +51,15 @@ export default () => {
     async render({ model, el }) {
       const code = await plotly();
       if (!figure) { figure = code.default(); figure.initialize({ model }); }
-      const watch = new ResizeObserver(() => { if (el.clientWidth && Math.abs((el._fullLayout?.width ?? el.clientWidth) - el.clientWidth) > 1) window.dispatchEvent(new Event("resize")); });
-      const remove = figure.render({ model, el });
-      watch.observe(el);
-      return () => { watch.disconnect(); remove(); };
+      let remove = () => {}, bare;
+      const draw = () => { remove(); bare = !Object.keys(model.get("_widget_layout")).length; remove = figure.render({ model, el }); };
+      const traces = () => { if ((el.data ?? []).length !== model.get("_widget_data").length) draw(); };
+      const layout = () => { if (bare) draw(); };
+      const fit = new ResizeObserver(() => { if (el.clientWidth && Math.abs((el._fullLayout?.width ?? el.clientWidth) - el.clientWidth) > 1) window.dispatchEvent(new Event("resize")); });
+      draw();
+      fit.observe(el);
+      model.on("change:_widget_data", traces); model.on("change:_widget_layout", layout);
+      return () => { model.off("change:_widget_data", traces); model.off("change:_widget_layout", layout); fit.disconnect(); remove(); };
     },
   };
 };
@@ -79,8 +84,8 @@ class Chart(go.FigureWidget):
 
 def _kept(name):
     def send(self, *args, **kwargs):
-        self._keep()
         getattr(go.FigureWidget, name)(self, *args, **kwargs)
+        self._keep()   # after the change itself: what the browser has drawn by then, it need not draw anew
     return send
 
 for _name in ("addTraces", "moveTraces", "deleteTraces", "restyle", "relayout", "update"): setattr(Chart, f"_send_{_name}_msg", _kept(f"_send_{_name}_msg"))
