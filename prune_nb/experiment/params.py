@@ -253,6 +253,7 @@ def check_schedule(p):
     for name, schedules in ONLY.items():
         if p.schedule not in schedules and getattr(p, name) not in (None, "", 0.) and (name, getattr(p, name)) != ("rounds", 1):
             raise UserError(f"{name} is for the schedule {' | '.join(schedules)}; this one is {p.schedule!r}. Leave it out, or choose another schedule.")
+    if p.of == "latency" and p.schedule != "one_shot": raise UserError(f"Milliseconds are measured on the network as it is, for the schedule one_shot; this one is {p.schedule!r}. Choose another `of`.")
     if p.lr_schedule != "step" and (p.lr_steps, p.lr_decay) != ("0.5 0.75", .1): raise UserError(f"lr_steps and lr_decay are of the lr_schedule 'step'; this one is {p.lr_schedule!r}. Leave them out.")
 
 # %% ../../nbs/experiment/params.ipynb #22df06a8
