@@ -6,12 +6,13 @@ from setuptools import find_packages, setup
 config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("export", "dashboard")}
 
 setup(
     version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"].split(),
     author=cfg["author"], author_email=cfg["author_email"], license="Apache-2.0",
-    install_requires=cfg["requirements"].split(), extras_require={"export": cfg["export_requirements"].split(), "dev": [*cfg["dev_requirements"].split(), *cfg["export_requirements"].split()]},
-    packages=find_packages(include=["prune_nb*"]), include_package_data=True,
+    install_requires=cfg["requirements"].split(), extras_require=extras | {"dev": [*cfg["dev_requirements"].split(), *sum(extras.values(), [])]},
+    packages=find_packages(include=["prune_nb*"]), package_data={"prune_nb": ["presets.toml"]},
     long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     entry_points={"nbdev": [f"{cfg['lib_name']} = {cfg['lib_path']}._modidx:d"]},
 )

@@ -12,7 +12,7 @@ from torch import nn
 from .allocate import allocate, check_budget
 from .core import UserError, untouched
 from .criteria.core import METHODS, Scores, collector_of, first_example, is_example, score
-from .criteria import curvature_tucker, eigendamage, geometric_median, magnitude, obd, taylor
+from .latency import latency_table
 from .profile import compare
 from .surgery.channels import kept
 from .surgery.coupling import trace
@@ -108,7 +108,7 @@ def prune(model:nn.Module,
           data,                # DataLoader or list of (inputs, targets); for methods that need weights alone, example inputs do: a tensor, a tuple or a dict
           method:str="eigendamage", # one of `prune_nb.criteria.core.METHODS`
           ratio:float=.5,      # fraction removed, in [0, 1)
-          of:str="macs",       # of what: units | params | macs
+          of:str="macs",       # of what: units | params | macs | latency
           cap:float=.95,       # largest share of a layer's directions, per side, or of a group's units that may go
           samples:int=None,    # examples for the statistics; all when None
           fisher:str="mc",     # labels that gradients of K-FAC are taken at: mc | exact | empirical
@@ -118,9 +118,13 @@ def prune(model:nn.Module,
           reduction:str=None,  # how members of a group become one: sum | mean | max | first; None: by what the method measures
           normalization:str=None, # of a group: none | mean | sum | max | norm; None: by what the method measures
           progress=True,
+          how:str=None,        # way of allocation: global | per_cost | uniform | multiplier; None: by the method
+          table=None,          # measured latencies, of `prune_nb.latency`; None: measured for one example where `of` is latency
           ) -> Result:
     """A smaller copy of `model`, equal to it with the least salient parts silenced. `model` itself is untouched. Raises `UserError` for bad input and for
     a budget that cannot be met, `VerificationError` if the surgery were not exact."""
     collector_of(method); check_budget(ratio, of); _checked_data(data, method)
     scores = score(model, data, method, samples, fisher, loss, seed, ignore, reduction, normalization, progress)
-    return operate(model, allocate(scores, ratio, of, cap), scores, None if is_example(data) else _Head(data, samples), first_example(data))
+    example = first_example(data)
+    if of == "latency" and table is None: table = latency_table(model, example, scores, progress=progress)
+    return operate(model, allocate(scores, ratio, of, cap, how, table=table), scores, None if is_example(data) else _Head(data, samples), example)

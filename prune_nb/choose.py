@@ -12,33 +12,38 @@ from .core import UserError, one_of
 from .surgery.menu import Menu, pareto
 
 # %% ../nbs/choose.ipynb #503bdd37
-def _columns(menus:dict, of) -> tuple:
+def _columns(menus:dict, of, least) -> tuple:
     "Costs and losses as two arrays, layers x entries, rows filled up with infinities; and the places of the entries in their menus."
-    fronts = [pareto(np.asarray(getattr(m, of), float), m.predicted) for m in menus.values()]
+    fronts = [pareto(np.asarray(getattr(m, of), float), np.asarray(getattr(m, least), float)) for m in menus.values()]
     cost, loss = np.full((2, len(menus), max(map(len, fronts))), math.inf)
     for row, (m, front) in enumerate(zip(menus.values(), fronts)):
-        cost[row, :len(front)], loss[row, :len(front)] = getattr(m, of)[front], m.predicted[front]
+        cost[row, :len(front)], loss[row, :len(front)] = getattr(m, of)[front], getattr(m, least)[front]
     return cost, loss, fronts
 
-# %% ../nbs/choose.ipynb #0f88d071
-def _best(cost, loss, price) -> np.ndarray:
-    "The entry of least loss + price x cost in every row; the cheapest of equals."
-    return (loss + price * np.where(np.isinf(cost), 0, cost)).argmin(1)
+# %% ../nbs/choose.ipynb #ad6335d0
+def _best(cost, loss, starts, price) -> np.ndarray:
+    "The place of least loss + price x cost in every layer, whose entries follow each other from `starts`; the cheapest of equals."
+    value = loss + price * cost
+    least = np.flatnonzero(value == np.repeat(np.minimum.reduceat(value, starts), np.diff(np.r_[starts, len(value)])))
+    return least[np.searchsorted(least, starts)] - starts
 
 # %% ../nbs/choose.ipynb #b0b07177
 def _bisected(cost, loss, budget) -> np.ndarray:
     "The choice at the lowest price at which it is within the budget."
-    spent = lambda chosen: cost[np.arange(len(cost)), chosen].sum()
-    steps = np.diff(np.where(np.isinf(cost), np.nan, cost), axis=1)
+    entries, rows = np.isfinite(cost), np.arange(len(cost))
+    starts, flat = np.r_[0, np.cumsum(entries.sum(1))[:-1]], (cost[entries], loss[entries])
+    spent = lambda chosen: cost[rows, chosen].sum()
+    steps = np.diff(np.where(entries, cost, np.nan), axis=1)
     high = 2 * loss[:, 0].max() / np.nanmin(steps, initial=math.inf) + 1e-300   # no step gains more for its cost
     low = high * 1e-40
-    if spent(chosen := _best(cost, loss, low)) <= budget: return chosen
+    if spent(cheap := _best(*flat, starts, low)) <= budget: return cheap
     chosen = np.zeros(len(cost), int)
     for _ in range(90):
         middle = math.sqrt(low * high)
-        new = _best(cost, loss, middle)
+        new = _best(*flat, starts, middle)
         if spent(new) <= budget: high, chosen = middle, new
-        else: low = middle
+        else: low, cheap = middle, new
+        if (np.abs(chosen - cheap) <= 1).all() and (chosen != cheap).sum() <= 1: break   # nothing is in between
     return chosen
 
 # %% ../nbs/choose.ipynb #5a54f9b8
@@ -55,12 +60,13 @@ def _filled(cost, loss, budget, chosen) -> np.ndarray:
 # %% ../nbs/choose.ipynb #653cc27a
 def choose(menus:dict,   # layer name -> Menu
            budget:float, # what all layers together may cost
-           of="params",  # a column of the menus: params | macs, or one that was added, such as latency
+           of="params",  # what the budget is of, a column of the menus: params | macs | predicted, or one that was added, such as latency
+           least="predicted", # another column: what is to be as little as it can
            ) -> dict:
-    "Layer name -> `Entry`, of least total predicted loss within the budget and as near to it as the menus allow. Raises `UserError` with the reachable range when nothing is cheap enough."
+    "Layer name -> `Entry`, of least total predicted loss within the budget and as near to it as the menus allow; or the cheapest within a budget of predicted loss. Raises `UserError` with the reachable range when nothing is cheap enough."
     if not menus: return {}
-    one_of("cost", of, set.intersection(*(set(vars(m)) for m in menus.values())) - {"form", "r_out", "r_in", "predicted"})
-    cost, loss, fronts = _columns(menus, of)
+    for column in (of, least): one_of("cost", column, set.intersection(*(set(vars(m)) for m in menus.values())) - {"form", "r_out", "r_in"})
+    cost, loss, fronts = _columns(menus, of, least)
     least, most = cost[:, 0].sum(), sum(c[len(f) - 1] for c, f in zip(cost, fronts))
     if not budget >= least: raise UserError(f"Cannot come down to {budget:,.6g} {of}: these layers can have {least:,.6g} to {most:,.6g}. Allow more, or give menus of more layers.")
     chosen = _filled(cost, loss, budget, _bisected(cost, loss, budget))

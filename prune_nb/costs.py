@@ -120,11 +120,20 @@ class Costs:
     params: np.ndarray   # factor of every term
     macs: np.ndarray
 
+    def left(self, removed) -> np.ndarray:
+        "All sizes when `removed` units of every group go."
+        lost = np.bincount(self.slopes[0], self.slopes[2] * np.asarray(removed)[self.slopes[1]], self.sizes.size).astype(np.int64)
+        return self.sizes - lost.reshape(self.sizes.shape)
+
     def count(self, removed, of:str="params") -> int:
         "What is left when `removed` units of every group go."
-        removed = np.asarray(removed)
-        lost = np.bincount(self.slopes[0], self.slopes[2] * removed[self.slopes[1]], self.sizes.size).astype(np.int64)
-        return int(getattr(self, of) @ (self.sizes - lost.reshape(self.sizes.shape)).prod(1))
+        return int(getattr(self, of) @ self.left(removed).prod(1))
+
+    def per_unit(self, removed, of:str="params") -> np.ndarray:
+        "What a unit more of every group saves when `removed` are gone, as the slope of the cost there."
+        sizes, (size, group, fall) = self.left(removed), self.slopes
+        others = np.stack([np.delete(sizes, d, 1).prod(1) for d in range(sizes.shape[1])], 1) * getattr(self, of)[:, None]
+        return np.bincount(group, fall * others.ravel()[size], len(self.groups))
 
     def only(self, groups) -> "Costs":
         "For these groups, in their order; the others stay whole."

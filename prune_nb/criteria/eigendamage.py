@@ -95,7 +95,7 @@ class EigenDamageSeparable(EigenDamage):
 @register
 class ImprovedEigenDamage(EigenDamageEKFAC):
     r"""EigenDamage from moving averages of the factors, damped, with EKFAC moments, and Tucker-2 of the kernel, in the plain norm, at the ranks that saliency chose (mhariat/DeepPruning, 2019, no paper). Its code measures the moments on the first batch
-    only, here on all; damping is in the eigenvalues that are shown, and as there in nothing else, for the moments stand in their place. What it grows back in training: `prune_nb.surgery.refactorize.regrow`."""
+    only, here on all; damping is in the eigenvalues that are shown, and as there in nothing else, for the moments stand in their place. What it grows back in training: `prune_nb.rounds.regrow`."""
     name, momentum, damping = "improved_eigendamage", .9, 1e-3
 
     def __call__(self, layer:nn.Module, stats, bases, moments) -> LayerScores:

@@ -38,12 +38,12 @@ class LayerShape:
 def factor_costs(s:LayerShape, r_out:int, r_in:int, form:str) -> list:
     "The layers of `form` as `(weights, positions at which they are applied)`. A 1x1 layer is strided by its first factor."
     first = s.positions_out if s.taps == 1 else s.positions_in
-    return {"dense": [(s.c_out * s.c_in * s.taps, s.positions_out)],
-            "in":    [(s.c_in * r_in, first), (r_in * s.taps * s.c_out, s.positions_out)],
-            "out":   [(s.c_in * s.taps * r_out, s.positions_out), (r_out * s.c_out, s.positions_out)],
-            "both":  [(s.c_in * r_in, first), (r_in * s.taps * r_out, s.positions_out), (r_out * s.c_out, s.positions_out)],
-            "low_rank":  [(s.c_in * r_in, s.positions_out), (r_in * s.c_out, s.positions_out)],
-            "separable": [(s.c_in * r_in, s.positions_in), (r_in * s.taps, s.positions_out), (r_in * s.c_out, s.positions_out)]}[form]
+    return {"dense": lambda: [(s.c_out * s.c_in * s.taps, s.positions_out)],
+            "in":    lambda: [(s.c_in * r_in, first), (r_in * s.taps * s.c_out, s.positions_out)],
+            "out":   lambda: [(s.c_in * s.taps * r_out, s.positions_out), (r_out * s.c_out, s.positions_out)],
+            "both":  lambda: [(s.c_in * r_in, first), (r_in * s.taps * r_out, s.positions_out), (r_out * s.c_out, s.positions_out)],
+            "low_rank":  lambda: [(s.c_in * r_in, s.positions_out), (r_in * s.c_out, s.positions_out)],
+            "separable": lambda: [(s.c_in * r_in, s.positions_in), (r_in * s.taps, s.positions_out), (r_in * s.c_out, s.positions_out)]}[form]()
 
 # %% ../../nbs/surgery/factorize.ipynb #82155752
 def form_cost(s:LayerShape, r_out:int, r_in:int, form:str, of="params") -> int:

@@ -195,7 +195,7 @@ def composed(first:Plan, second:Plan, model:nn.Module) -> Plan:
         for n, u in plan.updates.items(): u.check(n, _rows(gone, n))
     def place(name, d, at):
         gone = removed.get(name, {}).get(d)
-        return at if gone is None else kept(n := at.max() + 1 + len(gone), gone[gone < n])[at]
+        return at if gone is None else np.delete(np.arange(max(at.max() + len(gone), gone.max()) + 1), gone)[at]
     cuts = dict(first.cuts)
     for n, c in second.cuts.items():
         group = c.group(n)

@@ -1,0 +1,205 @@
+"""nbs/explore.ipynb as a person sees it: opened and run in JupyterLab, and as a page of voila, in a real browser. What is asserted is what the browser shows and what the kernel holds after a click.
+Pictures of every dashboard, at two widths and in both themes, are left in tests/screenshots for people to look at."""
+import re, shutil
+import pytest
+from browser import Seen, browsing, lab, voila, workspace
+from conftest import ROOT, read_json
+from playwright.sync_api import expect
+from prune_nb.experiment.params import PruneParams
+from prune_nb.experiment.pruning import Experiment
+
+PICTURES = ROOT / "tests/screenshots"
+VIEWS = ("Layers", "Spectra", "Compare", "Runs")
+expect.set_options(timeout=30_000)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with browsing() as browser: yield browser
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    "A project with the notebook, three real runs, and one that was damaged."
+    home = workspace(tmp_path_factory.mktemp("browser") / "project", [ROOT / "nbs/explore.ipynb"])
+    for method, ratio in (("l1", .5), ("l1", .7), ("eigendamage", .5)):
+        e = Experiment(PruneParams(method=method, ratio=ratio, of="macs", model="lenet", pretrain_epochs=2, epochs=3, samples=256, runs_dir=str(home / "runs"), run_name=f"{method}-{ratio}").validated())
+        e.baseline(), e.prune(), e.finetune(), e.finish()
+    shutil.copytree(home / "runs/l1-0.5", home / "runs/damaged")
+    (home / "runs/damaged/result.json").write_text("{")
+    (home / "runs/l1-0.5/notebook.ipynb").write_text((ROOT / "nbs/explore.ipynb").read_text())
+    return home
+
+@pytest.fixture(scope="module")
+def seen(home, browser):
+    "The notebook, run in JupyterLab."
+    with lab(home) as address:
+        seen = Seen(browser, 1280, 4600)
+        seen.open_in_lab(address, "explore.ipynb")
+        seen.run_all()
+        for view in VIEWS: expect(seen.view(view).locator(".main-svg").first).to_be_visible(timeout=60_000)
+        yield seen
+        seen.page.close()
+
+
+@pytest.fixture(autouse=True)
+def no_new_errors(request):
+    "JavaScript must not complain during any test."
+    if "seen" not in request.fixturenames: yield; return
+    seen = request.getfixturevalue("seen")
+    before = len(seen.errors)
+    yield
+    assert seen.errors[before:] == []
+
+def test_notebook_runs_and_draws_everything(seen):
+    assert seen.python("print(layers.error, eigen.error, compare.error, runs.error)") == "None None None None"
+    assert not seen.page.locator("[data-mime-type='application/vnd.jupyter.stderr']").count()
+    expect(seen.view("Layers").locator(".bars path").first).to_be_visible()
+    expect(seen.view("Runs").locator(".points path").first).to_be_visible()
+    for view in VIEWS:   # the figures fill their dashboards
+        box, figure = (seen.view(view).locator(s).first.bounding_box()["width"] for s in ("xpath=.", ".main-svg"))
+        assert .9 * box < figure <= box + 1, (view, box, figure)
+
+
+@pytest.mark.parametrize("width", (1280, 1920))
+@pytest.mark.parametrize("theme", ("Light", "Dark"))
+def test_pictures(seen, width, theme):
+    seen.page.set_viewport_size(dict(width=width, height=4600))
+    seen.theme(theme)
+    seen.page.wait_for_timeout(1500)
+    for view in VIEWS:
+        seen.shot(PICTURES / f"{view.lower()}-{width}-{theme.lower()}.png", seen.view(view))
+        assert (PICTURES / f"{view.lower()}-{width}-{theme.lower()}.png").stat().st_size > 20_000
+        assert seen.page.evaluate("e => e.scrollWidth - e.clientWidth", seen.view(view).element_handle()) <= 8   # nothing sticks out but margins
+
+
+def test_slider_moves_the_budget(seen):
+    layers = seen.view("Layers")
+    before, bars = layers.locator(".pn-tile").nth(1).inner_text(), layers.locator(".bars path").evaluate_all("b => b.map(p => p.getAttribute('d')).join()")
+    layers.get_by_role("slider").first.focus()
+    for _ in range(5): seen.page.keyboard.press("ArrowRight")
+    expect(layers.locator(".pn-tile").nth(1)).to_contain_text(re.compile(r"-5(4\.9|5\.\d)%"))
+    assert layers.locator(".pn-tile").nth(1).inner_text() != before and layers.locator(".bars path").evaluate_all("b => b.map(p => p.getAttribute('d')).join()") != bars
+    assert seen.python("print(layers.plan.settings['ratio'])") == "0.55"
+
+
+def test_dropdown_changes_the_method(seen):
+    layers = seen.view("Layers")
+    layers.get_by_role("combobox").first.select_option("l1")
+    expect(layers.locator(".infolayer")).to_contain_text("saliency (l1)")
+    assert seen.python("print(layers.plan.method, len(layers.plan.cuts) > 0)") == "l1 True"
+
+
+def test_click_on_a_bar_tells_of_the_layer(seen):
+    layers = seen.view("Layers")
+    layers.locator(".bars .points").first.locator("path").nth(3).click(force=True)
+    expect(layers.locator(".pn-text b").first).to_have_text(seen.python("print(layers.layers[3])"))
+    expect(layers).to_contain_text("move with group")
+
+
+def test_apply_cuts_and_measures(seen):
+    layers = seen.view("Layers")
+    layers.get_by_role("button", name="Apply").click()
+    expect(layers).to_contain_text("differs from the masked original", timeout=60_000)
+    expect(layers.locator(".pn-tile", has_text="accuracy")).to_contain_text(re.compile(r"\d+\.\d% → \d+\.\d%"))
+    assert seen.python("print(sum(p.numel() for p in layers.result.model.parameters()) == layers.plan.settings['params'])") == "True"
+
+
+def test_recipe_makes_the_same_plan(seen):
+    layers = seen.view("Layers")
+    layers.get_by_role("tab", name="Recipe").click()
+    expect(layers.locator("pre").first).to_contain_text("allocate(scores, ratio=0.55")
+    expect(layers.locator("pre").nth(1)).to_contain_text("papermill nbs/prune.ipynb out.ipynb")
+    assert seen.python("space = {}; exec(layers.recipe, space); print(space['plan'] == layers.plan)").endswith("True")
+
+
+def test_error_is_told_in_the_view(seen):
+    seen.python("layers.widgets['ratio'].value = 1.")
+    expect(seen.view("Layers").get_by_role("alert")).to_contain_text("Invalid ratio 1.0")
+    seen.python("layers.widgets['ratio'].value = .5")
+    expect(seen.view("Layers").get_by_role("alert")).to_have_count(0)
+
+
+def test_compare_turns_its_pages(seen):
+    compare = seen.view("Compare")
+    compare.get_by_role("button", name="table").click()
+    expect(compare.locator("tbody tr").last).to_contain_text("total")
+    seen.shot(PICTURES / "compare-table.png", compare)
+    compare.get_by_role("button", name="agreement").click()
+    expect(compare.locator(".heatmaplayer .hm image")).to_be_visible()
+    compare.get_by_role("combobox").first.select_option("overlap of what is removed")
+    expect(compare.get_by_role("slider")).to_be_visible()
+    seen.shot(PICTURES / "compare-agreement.png", compare)
+    compare.get_by_role("button", name="predicted and measured").click()
+    compare.get_by_role("button", name="Measure", exact=True).click()
+    expect(compare.locator(".points path").first).to_be_visible(timeout=60_000)
+    seen.shot(PICTURES / "compare-measured.png", compare)
+    compare.get_by_role("button", name="network").click()
+    expect(compare.locator(".bars path").first).to_be_visible()
+
+
+def rows(seen): return seen.view("Runs").locator(".prune-nb-table tbody tr")
+
+def test_runs_are_filtered_and_sorted(seen, home):
+    runs = seen.view("Runs")
+    assert {"l1-0.5", "l1-0.7", "eigendamage-0.5", "damaged"} < set(rows(seen).locator("td:nth-child(2)").all_inner_texts())
+    expect(rows(seen).filter(has_text="damaged")).to_contain_text("broken: result.json cannot be read")
+    runs.get_by_role("textbox").fill("finished ratio=0.5")
+    expect(rows(seen)).to_have_count(2)
+    runs.get_by_role("textbox").fill("finished method=")
+    expect(rows(seen)).to_have_count(3)
+    runs.get_by_role("button", name="accuracy", exact=True).focus()
+    seen.page.keyboard.press("Enter")
+    expect(runs.locator("th[aria-sort=descending]")).to_have_text("accuracy ▼")
+    best = sorted((read_json(f)["finetuned"]["accuracy"] for f in home.glob("runs/*-0.?/result.json")), reverse=True)
+    expect(rows(seen).locator("td:nth-child(4)")).to_have_text([f"{a:.2%}" for a in best])
+
+
+def test_click_opens_a_run(seen, home):
+    runs = seen.view("Runs")
+    rows(seen).filter(has_text="l1-0.5").click()
+    expect(runs.locator("h3")).to_have_text("l1-0.5")
+    expect(runs.get_by_role("link", name="notebook.ipynb")).to_have_attribute("href", "../runs/l1-0.5/notebook.ipynb")
+    accuracy = read_json(home / "runs/l1-0.5/result.json")["finetuned"]["accuracy"]
+    expect(runs.locator(".widget-html table")).to_contain_text(f"{accuracy:.4g}")
+    runs.locator(".scatterlayer .trace", has=seen.page.locator(".points path")).nth(1).locator(".points path").first.click(force=True)   # the first are dense networks
+    expect(runs.locator("h3")).to_have_text("eigendamage-0.5")
+
+
+def test_ticks_lay_curves_over_each_other(seen):
+    runs = seen.view("Runs")
+    for box in runs.get_by_role("checkbox", name="tick ").all()[:2]: box.check()
+    expect(runs.locator(".js-plotly-plot").nth(1).locator(".legendtext")).to_have_count(2)
+    seen.shot(PICTURES / "runs-opened.png", runs)
+
+
+def test_running_run_is_followed(seen):
+    runs = seen.view("Runs")
+    runs.get_by_role("textbox").fill("going")
+    seen.python("""
+from prune_nb.experiment.params import PruneParams
+from prune_nb.experiment.pruning import Experiment
+e = Experiment(PruneParams(method="l2", ratio=.5, of="macs", model="lenet", pretrain_epochs=2, epochs=3, samples=256, run_name="going").validated())
+e.baseline(), e.prune()""")
+    expect(rows(seen)).to_contain_text("running: ")
+    seen.python("e.finetune(), e.finish()")
+    expect(rows(seen)).to_contain_text("finished")
+
+
+def test_nothing_went_wrong_and_nothing_left_the_machine(seen):
+    assert seen.errors == [] and seen.strangers == []
+
+
+def test_voila_serves_the_same(home, browser):
+    with voila(home, "explore.ipynb") as address:
+        seen = Seen(browser, 1280, 4600)
+        seen.page.goto(address, timeout=120_000)
+        for view in VIEWS: expect(seen.view(view).locator(".main-svg").first).to_be_visible(timeout=90_000)
+        layers = seen.view("Layers")
+        layers.get_by_role("slider").first.focus()
+        seen.page.keyboard.press("ArrowRight")
+        expect(layers.locator(".pn-tile").nth(1)).to_contain_text("-51.")
+        seen.shot(PICTURES / "voila.png")
+        fonts = [u for u in seen.strangers if "font-awesome" in u.lower() or "fontawesome" in u.lower()]   # voila's own page asks for icons, which no dashboard has
+        assert [u for u in seen.strangers if u not in fonts] == []
+        assert [e for e in seen.errors if "ERR_NAME_NOT_RESOLVED" not in e] == []
+        seen.page.close()
