@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from .core import UserError, one_of
 from .choose import choose
-from .criteria.core import METHODS, Scores, find_method
+from .criteria.core import METHODS, Scores, find_method, finished, from_menus
+from .criteria import methods
 from .removable import Channels, Directions, Menus, allowed, by_name, cuts, patterns
 from .surgery.plan import Plan
 
@@ -142,7 +143,7 @@ class Choice:
     def predicted(self) -> float:
         "Predicted rise of the loss in nats, NaN where saliencies are no losses."
         return self.loss()
-    def plan(self) -> Plan: return Plan(self.scores.method, self.scores.model, settings=dict(self.settings), **self.made())
+    def plan(self) -> Plan: return finished(Plan(self.scores.method, self.scores.model, settings=dict(self.settings), **self.made()), self.scores)
 
 # %% ../nbs/allocate.ipynb #30659300
 OF = ("units", "params", "macs", "latency")
@@ -209,7 +210,7 @@ class Budget:
                  table=None,   # of `prune_nb.latency`, for milliseconds
                  **limits):    # of `Limits`
         self.scores, self.table = scores, table
-        fitted = any(l.kernel is not None for l in scores.layers.values())
+        fitted = from_menus(scores)
         self.how = one_of(f"how for {scores.method!r}", how or ("multiplier" if fitted else "global"), ("multiplier", "uniform") if fitted else HOW)
         menus = bool(scores.layers) and (fitted or how == "multiplier")
         self.space = (Menus if menus else Directions if scores.layers else Channels)(scores, table)

@@ -11,7 +11,7 @@ import math
 from fnmatch import fnmatchcase
 import numpy as np
 from .core import UserError, one_of
-from .criteria.core import Scores
+from .criteria.core import Scores, from_menus
 from .criteria.curvature_tucker import of_scores
 from .surgery.channels import Cut
 from .surgery.factorize import ALL_FORMS, FORMS, LayerShape, form_cost
@@ -212,12 +212,12 @@ def fitted(layer):
 
 # %% ../nbs/removable.ipynb #c5ba81c3
 class Menus:
-    "What every layer can become. Layers with a kernel are fitted to their curvature; others keep rows and columns of their eigenbases."
+    "What every layer can become. Methods that choose from menus fit a layer to its curvature; of others, layers keep rows and columns of their eigenbases."
     noun, loss = ("layer", "ranks", "layers without scores"), True
     def __init__(self, scores:Scores, table=None):
         self.scores, self.table, self.shapes, self.costs, self.limits, self.fronts = scores, table, {k: l.shape for k, l in scores.layers.items()}, FormCosts(scores.layers, table), {}, {}
         self.names = self.touched = {k: [k] for k in scores.layers}
-        self.fitted = {k: fitted(l) for k, l in scores.layers.items() if l.kernel is not None}
+        self.fitted = {k: fitted(l) for k, l in scores.layers.items()} if from_menus(scores) else {}
         self.sides = None if self.fitted else Sides(scores)
         self.losses = {k: w.losses for k, w in self.fitted.items()} if self.fitted else {k: self.sides.of_sides(n) if l.shape.taps == 1 else self.sides.losses(n) for n, (k, l) in enumerate(scores.layers.items())}
 
