@@ -7,8 +7,8 @@ __all__ = ['SIDES', 'COUPLED', 'STAYS', 'TRACES', 'RULES', 'BY_HAND', 'WAYS', 'w
            'unit_values', 'unit_ranks', 'lost_units', 'Bins', 'letter', 'look', 'picture', 'usable_methods',
            'as_scores', 'controls', 'Layers', 'lay_out', 'connect', 'select', 'dress', 'frozen', 'part', 'limits',
            'ready', 'asked', 'replan', 'gone', 'loss_of', 'draw', 'hover', 'show_tiles', 'show_page', 'reasons',
-           'why_stays', 'coupled_in', 'members', 'told', 'data', 'choose_layer', 'inspect', 'set_rule', 'clear_rules',
-           'apply', 'recipe', 'papermill']
+           'why_stays', 'coupled_in', 'members', 'told', 'ruled', 'data', 'choose_layer', 'inspect', 'set_rule',
+           'clear_rules', 'apply', 'recipe', 'papermill']
 
 # %% ../../nbs/dashboard/layers.ipynb #8af0cad2
 import html, shlex
@@ -428,14 +428,19 @@ def told(self:Layers, layer:str) -> str:
 Layers.members, Layers.told = members, told
 
 # %% ../../nbs/dashboard/layers.ipynb #3508f106
+def ruled(self:Layers, layer:str) -> str:
+    "The rule of a layer in words; empty where it has none."
+    kind, share = self.rules.get(layer, (None, 0))
+    return "" if kind is None else kind if kind == "whole" else f"{kind} {share:g}"
+
 def data(self:Layers) -> pd.DataFrame:
     "A row per layer: outputs and inputs before and after, its group, its rule, why something of it stays."
     s = self.sides
     return pd.DataFrame(dict(layer=self.layers, outputs=s.sizes[0], outputs_kept=self.kept[0], inputs=s.sizes[1], inputs_kept=self.kept[1], group=[s.groups[g].name if g >= 0 else "" for g in s.owner[0]],
-                             rule=[" ".join(map(str, self.rules[l])) if l in self.rules else "" for l in self.layers],
+                             rule=[self.ruled(l) for l in self.layers],
                              stays=self.whys)).set_index("layer")
 
-Layers.data = property(data)
+Layers.ruled, Layers.data = ruled, property(data)
 
 # %% ../../nbs/dashboard/layers.ipynb #d3d7b1ea
 def choose_layer(self:Layers, name:str):
