@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLAIN', 'MEMORY', 'Reader', 'readers_of', 'multiply_inputs', 'largest_output', 'silences', 'Gates', 'chunk_of',
            'losses', 'depends', 'differentiated', 'gradients_of_each', 'second_derivatives', 'Batch', 'Gate',
-           'batches_of', 'over_batches', 'said_by', 'from_gates']
+           'over_batches', 'said_by', 'from_gates']
 
 # %% ../../nbs/criteria/gates.ipynb #b0a270d0
 import contextlib, math
@@ -19,7 +19,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..core import Progress, UserError, untouched
 from .core import collector, group_scores
-from .groups import Running, members_of
+from .groups import Running, count_examples, members_of, up_to
 from ..profile import attention_fastpath_off, call, device_of, to_device
 from ..surgery.channels import INPUT
 from ..surgery.coupling import all_tensors, mapped
@@ -164,11 +164,12 @@ def differentiated(gates:Gates, x, y, **how) -> tuple:
 # %% ../../nbs/criteria/gates.ipynb #2eeb9a52
 def gradients_of_each(gates:Gates, x, y) -> tuple:
     "(Group name -> examples x units: gradients of the loss of each example, the losses)."
-    alone = lambda f, other=lambda t: t: tuple(mapped(v, lambda t: f(t) if t.dim() and len(t) == len(y) else other(t)) for v in (x, y))   # what is shared by all examples stays
+    n = count_examples(x, y)
+    alone = lambda f, other=lambda t: t: tuple(mapped(v, lambda t: f(t) if t.dim() and len(t) == n else other(t)) for v in (x, y))   # what is shared by all examples stays
     one = grad_and_value(lambda z, x, y: depends(gates.value(z, x, y)))
     each = alone(lambda t: 0, lambda t: None)
     try: return vmap(one, (None, *each), randomness="same")(gates.ones, *alone(lambda t: t[:, None]))
-    except RuntimeError: found = [differentiated(gates, *alone(lambda t: t[i:i + 1]))[1:] for i in range(len(y))]
+    except RuntimeError: found = [differentiated(gates, *alone(lambda t: t[i:i + 1]))[1:] for i in range(n)]
     return {g: torch.stack([f[g] for _, f in found]) for g in gates.ones}, torch.stack([v for v, _ in found])
 
 # %% ../../nbs/criteria/gates.ipynb #d733712c
@@ -189,7 +190,7 @@ def second_derivatives(first:torch.Tensor, # gradient with respect to `z`, with 
 # %% ../../nbs/criteria/gates.ipynb #15fa84ef
 class Batch:
     "The loss of a batch as a function of all gates. What is asked for is computed, once."
-    def __init__(self, gates:Gates, x, y): self.gates, self.x, self.y, self.chunk = gates, x, y, chunk_of(gates, len(y))
+    def __init__(self, gates:Gates, x, y): self.gates, self.x, self.y, self.chunk = gates, x, y, chunk_of(gates, count_examples(x, y))
 
     @cached_property
     def first(self) -> tuple: return differentiated(self.gates, self.x, self.y)
@@ -233,17 +234,6 @@ class Gate:
         "Of the loss, measured without each of some units alone; of all when None."
         return self.batch.without(self.group, torch.arange(self.group.units) if units is None else units) - self.batch.loss
 
-# %% ../../nbs/criteria/gates.ipynb #147b9bf9
-def batches_of(data, samples:int=None, device="cpu", progress=True):
-    "(inputs, targets, number of examples) of up to `samples` examples."
-    left = float("inf") if samples is None else samples
-    for x, y in (Progress(data, "gates") if progress else data):
-        if left <= 0: return
-        total, n = len(y), int(min(left, len(y)))
-        x, y = (to_device(mapped(t, lambda t: t[:n] if t.dim() and len(t) == total else t), device) for t in (x, y))
-        left -= n
-        yield x, y, n
-
 # %% ../../nbs/criteria/gates.ipynb #7a7e20a2
 def over_batches(subject,
                  means:list  # pairs: a function of a `Batch` that gives values by name, and the `Running` that they go into
@@ -251,8 +241,8 @@ def over_batches(subject,
     "One pass over the data. Gives the mean loss, as \"loss\"."
     with Gates(subject) as gates:
         loss = Running()
-        for x, y, n in batches_of(subject.data, subject.samples, device_of(subject.model), subject.progress):
-            batch = Batch(gates, x, y)
+        for x, y, n in up_to(Progress(subject.data, "gates") if subject.progress else subject.data, subject.samples):
+            batch = Batch(gates, *(to_device(part, device_of(subject.model)) for part in (x, y)))
             for f, mean in means: mean.add(f(batch), n)
             if not math.isfinite(batch.loss): raise UserError(f"The loss of a batch is {batch.loss}. Check inputs, targets and weights.")
             loss.add({"loss": batch.loss}, n)
