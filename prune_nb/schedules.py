@@ -87,6 +87,7 @@ class Masks(Pruner):
 
     def scored(self) -> Scores:
         "Saliencies of the network as it is."
+        self.subject.criteria, self.subject.shared = [self.criterion], {}   # statistics of the network as it is now
         scores, = COLLECTORS[self.criterion.needs].collect(self.subject, [self.criterion])
         if not scores.groups: raise UserError(f"No group of channels is left to prune with {self.criterion.name!r}: {'; '.join(f'{k}: {why}' for k, why in scores.skipped.items())}.")
         return scores
