@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from ..allocate import OF, Budget
 from ..core import UserError, one_of
-from ..criteria.core import Scores, least_half
+from ..criteria.core import Scores, from_menus, least_half
 from ..curvature.ekfac import second_moments
 from ..curvature.spectrum import directions, effective_rank
 from .view import View, live, short, table, tiles
@@ -151,7 +151,7 @@ class Spectra(View):
 def controls(view, ratio, of) -> dict:
     "The widgets that a person moves, by name."
     wide = lambda px: dict(style=dict(description_width="initial"), layout=W.Layout(width=f"{px}px"))
-    kinds = [o for o in OF if o not in ("units", "latency")] if any(l.kernel is not None for l in view.scores.layers.values()) else [o for o in OF if o != "latency"]
+    kinds = [o for o in OF if o not in ("units", "latency")] if from_menus(view.scores) else [o for o in OF if o != "latency"]
     cut = lambda side: W.IntSlider(description=f"{side} kept", min=1, max=2, value=1, continuous_update=True, **wide(360))
     return dict(layer=W.Dropdown(description="layer", options=list(view.scores.layers), **wide(320)), sort=W.Dropdown(description="sorted", options=list(SORTS), **wide(240)),
                 ratio=W.FloatSlider(description="of the network goes", value=ratio, min=0, max=1, step=.01, readout_format=".0%", **wide(400)), of=W.Dropdown(description="of", options=kinds, value=of, **wide(110)),
