@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from .core import UserError, one_of
 from .choose import choose
-from .criteria.core import METHODS, Scores, find_method
-from .removable import Channels, Directions, Menus, allowed, by_name, cuts
+from .criteria.core import METHODS, Scores, find_method, finished, from_menus
+from .criteria import methods
+from .removable import Channels, Directions, Menus, allowed, by_name, cuts, patterns
 from .surgery.plan import Plan
 
 # %% ../nbs/allocate.ipynb #697a63ac
@@ -142,7 +143,7 @@ class Choice:
     def predicted(self) -> float:
         "Predicted rise of the loss in nats, NaN where saliencies are no losses."
         return self.loss()
-    def plan(self) -> Plan: return Plan(self.scores.method, self.scores.model, settings=dict(self.settings), **self.made())
+    def plan(self) -> Plan: return finished(Plan(self.scores.method, self.scores.model, settings=dict(self.settings), **self.made()), self.scores)
 
 # %% ../nbs/allocate.ipynb #30659300
 OF = ("units", "params", "macs", "latency")
@@ -171,8 +172,8 @@ class Limits:
 
     def __post_init__(self):
         self.ignore = (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore)
-        for c in (self.cap, *self.caps.values()): _share("cap", c, end=True)
-        for what, n in (("round_to", self.round_to), *(("floor", n) for n in self.floors.values())): _whole(what, n)
+        for c in (self.cap, *patterns("caps", self.caps).values()): _share("cap", c, end=True)
+        for what, n in (("round_to", self.round_to), *(("floor", n) for n in patterns("floors", self.floors).values())): _whole(what, n)
 
     @property
     def given(self) -> dict: return {k: list(v) if k == "ignore" else v for k, v in vars(self).items() if k != "cap" and v not in ({}, (), 1)}
@@ -204,9 +205,12 @@ def _refuse(line, target, limits):
 # %% ../nbs/allocate.ipynb #3dd258b7
 class Budget:
     "Scores made ready: `choose` and `plan` for any ratio, threshold or loss."
-    def __init__(self, scores:Scores, how:str=None, table=None, **limits):
+    def __init__(self, scores:Scores,
+                 how:str=None, # one of `HOW`; None: by the method
+                 table=None,   # of `prune_nb.latency`, for milliseconds
+                 **limits):    # of `Limits`
         self.scores, self.table = scores, table
-        fitted = any(l.kernel is not None for l in scores.layers.values())
+        fitted = from_menus(scores)
         self.how = one_of(f"how for {scores.method!r}", how or ("multiplier" if fitted else "global"), ("multiplier", "uniform") if fitted else HOW)
         menus = bool(scores.layers) and (fitted or how == "multiplier")
         self.space = (Menus if menus else Directions if scores.layers else Channels)(scores, table)
@@ -325,6 +329,7 @@ def _at_most(b:Budget, counts) -> np.ndarray:
 def _by_threshold(b:Budget, threshold, of):
     "What goes of saliency at most `threshold`."
     if isinstance(b.space, Menus): raise UserError(f"{b.scores.method!r} chooses forms by predicted loss, which has no threshold of saliency. Give ratio or loss.")
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or math.isnan(threshold): raise UserError(f"Invalid threshold {threshold!r}. Valid: a number; what has at most this saliency goes.")
     own = getattr(find_method(b.scores.method), "removed_at", None) if b.scores.method in METHODS else None
     if not own: return _at_most(b, [np.searchsorted(s, threshold, "right") for s in b.space.saliency])
     found = own(b.scores, threshold)

@@ -12,7 +12,6 @@ from torch import nn
 from .allocate import allocate, check_budget
 from .core import UserError, untouched
 from .criteria.core import METHODS, Scores, collector_of, first_example, is_example, score
-from .criteria import curvature_tucker, eigendamage, geometric_median, magnitude, taylor
 from .latency import latency_table
 from .profile import compare
 from .surgery.channels import kept

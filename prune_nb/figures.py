@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEPT', 'REMOVED', 'TRAIN', 'VALIDATION', 'NEUTRAL', 'SIDES', 'GROUPS', 'STAYS_COLOUR', 'use_in_notebooks',
            'training_curve', 'spectra', 'ranks_kept', 'saliencies', 'channels_kept', 'redundancy', 'kept', 'measured',
-           'predicted_measured', 'coupled_cells', 'layer_order', 'coupling_map', 'compared']
+           'predicted_measured', 'coupled_cells', 'layer_order', 'coupling_map', 'compared', 'rises', 'agreements']
 
 # %% ../nbs/figures.ipynb #34aa1ce5
 import math, re
@@ -211,3 +211,28 @@ def compared(table:pd.DataFrame, # of `sweep`
         fig.add_trace(go.Scatter(x=seen.index, y=seen["mean"], error_y=spread, name=method, mode="lines+markers", marker=dict(symbol=symbols[i % 7], size=8), line=dict(color=GROUPS[(i * 2 + i // 7) % 7], dash=dashes[i // 7 % 3])))
     fig.update_xaxes(title=f"share of the {of} removed", tickformat=".0%").update_yaxes(title=accuracy, tickformat=".0%")
     return _styled(fig, accuracy, height=460).update_layout(legend=dict(orientation="v", x=1.02, y=1, xanchor="left"))
+
+# %% ../nbs/figures.ipynb #e6bffef7
+def rises(table:pd.DataFrame, # `rise` measured, and a column for every method that predicts it
+          columns=3) -> go.Figure:
+    "Predicted against measured rise of the loss, a point a unit or a set of units, with the line where both are the same. Axes are linear near zero and logarithmic beyond a hundredth of the largest rise."
+    methods = [c for c in table if c not in ("rise", "size", "group", "unit")]
+    at = max(1e-12, float(table.rise.abs().max()) / 100)
+    bent = lambda v: np.arcsinh(np.asarray(v, float) / at)
+    fig = make_subplots(max(1, -(-len(methods) // columns)), columns, subplot_titles=methods, horizontal_spacing=.07)
+    top = float(np.abs(bent(table[["rise", *methods]])).max(initial=1.))
+    ticks = [s * k * at for s in (-1, 1) for k in (1, 100, 10000) if k * at <= at * np.sinh(top)] + [0]
+    for i, m in enumerate(methods):
+        where = (i // columns + 1, i % columns + 1)
+        fig.add_trace(go.Scatter(x=[-top, top], y=[-top, top], mode="lines", line=dict(color=NEUTRAL, dash="dash"), showlegend=False, hoverinfo="skip"), *where)
+        fig.add_trace(go.Scatter(x=bent(table[m]), y=bent(table.rise), mode="markers", marker=dict(color=KEPT, size=4), showlegend=False, customdata=table[[m, "rise"]].to_numpy(), hovertemplate="predicted %{customdata[0]:.3g}<br>measured %{customdata[1]:.3g}<extra></extra>"), *where)
+    axis = dict(tickvals=bent(ticks), ticktext=[f"{t:.1g}" for t in ticks])
+    fig.update_xaxes(title="predicted (nats)", **axis).update_yaxes(title="measured (nats)", **axis)
+    return _styled(fig, "What is predicted, and what happens", height=100 + 320 * max(1, -(-len(methods) // columns)))
+
+# %% ../nbs/figures.ipynb #6527e98d
+def agreements(matrix:pd.DataFrame) -> go.Figure:
+    "A matrix of coefficients from -1 to 1, with the numbers."
+    fig = go.Figure(go.Heatmap(z=matrix.to_numpy(), x=list(matrix), y=list(matrix.index), zmin=-1, zmax=1, colorscale=[[0, REMOVED], [.5, "#FFFFFF"], [1, KEPT]], texttemplate="%{z:.2f}", textfont_size=9, hovertemplate="%{y} and %{x}: %{z:.3f}<extra></extra>"))
+    fig.update_yaxes(autorange="reversed", dtick=1).update_xaxes(tickangle=-45, dtick=1)
+    return _styled(fig, "How much criteria agree on the order of units (Spearman)", height=200 + 24 * len(matrix)).update_layout(margin=dict(l=160, b=130))

@@ -208,11 +208,11 @@ class Latency(LayerTimes):
 # %% ../nbs/latency.ipynb #b7428552
 @torch.no_grad()
 def layer_sizes(model:nn.Module, inputs) -> dict:
-    "Layer name -> [(size of the input, of the output) without channels] of every call, for convolutions and linear layers."
+    "Layer name -> [(size of the input, of the output) without channels] of every call, for convolutions and linear layers with a weight of their own."
     seen = {}
     def size(t, layer): return tuple(t.shape[:-1]) if isinstance(layer, nn.Linear) else (t.shape[0], *t.shape[2:])
     def note(name): return lambda layer, x, y: seen.setdefault(name, []).append((size(x[0], layer), size(y, layer)))
-    hooks = [m.register_forward_hook(note(n)) for n, m in model.named_modules() if kind_of(m, ()) and all(x in dict(m.named_parameters()) for x in ("weight",))]
+    hooks = [m.register_forward_hook(note(n)) for n, m in model.named_modules() if "weight" in m._parameters and kind_of(m, ())]
     try:
         with untouched(model): call(model.eval(), inputs)
     finally:
@@ -247,6 +247,7 @@ def latency_table(model:nn.Module,
     device = device_of(model)
     inputs, measured, grids, layers, tables = to_device(inputs, device), Measured(folder or project_root() / "runs", device, measure), Grids(), {}, {}
     sizes = layer_sizes(model, inputs)
+    if not sizes: raise UserError("This network has no layer that can be measured. Valid: convolutions and linear layers with a weight of their own.")
     for name in Progress(list(sizes), "latency") if progress else sizes:
         layer, calls = model.get_submodule(name), sizes[name]
         found = {role: grids.add(outs, ins, np.sum([[[measured(k, o, i) for i in ins] for o in outs] for k in kinds], 0)) for role, (kinds, outs, ins) in _tables(layer, name, calls, scores).items()}

@@ -60,7 +60,7 @@ def _claim(folder, params, new) -> Run:
     lock = FileLock(folder / ".lock", timeout=0)
     try: lock.acquire()
     except Timeout: raise UserError(f"Run {folder.name!r} is being written by another process. Wait until that has ended.") from None
-    for left in folder.glob(".*.tmp"): left.unlink()   # by a process that was killed
+    for left in folder.rglob(".*.tmp"): left.unlink()   # by a process that was killed
     if new: save_json(folder / "params.json", dict(params=params, versions=versions(), created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())))
     return Run(folder, params, new, lock)
 

@@ -9,6 +9,7 @@ from prune_nb.allocate import allocate
 from prune_nb.data import load_data
 from prune_nb.models import create_model
 from prune_nb.profile import count_macs, count_params
+from prune_nb.surgery.coupling import trace
 from prune_nb.surgery.verify import max_relative_difference
 from prune_nb.train import fit
 
@@ -131,7 +132,7 @@ def test_frozen_parameters_take_part(digits, method):
     assert all(torch.equal(g.saliency, again[k].saliency) for k, g in found.items())
 
 
-@pytest.mark.parametrize("method", [m for m, c in METHODS.items() if c.needs == "gradients"])
+@pytest.mark.parametrize("method", [m for m, c in METHODS.items() if c.needs in ("gradients", "gates")])
 def test_a_parameter_without_gradient_counts_as_zero(method):
     "A branch that the loss does not see; everything else is scored."
     class Branch(torch.nn.Module):
@@ -145,3 +146,39 @@ def test_a_parameter_without_gradient_counts_as_zero(method):
     net.train()
     saliency = score(net, data, method, loss=lambda out, y: torch.nn.functional.cross_entropy(out[0], y), progress=False).groups["a"].saliency
     assert saliency.isfinite().all() and saliency.max() > 0 and net.training
+
+
+def test_papermill_takes_the_criteria_of_a_notebook():
+    "nbs/own_criterion.ipynb, whose cell nobody has run here."
+    known = dict(METHODS)
+    try:
+        assert guard(criteria="nbs/own_criterion.ipynb", method="peak").method == "peak"
+        assert METHODS.keys() - known.keys() == {"largest_weight", "peak"}
+    finally:
+        METHODS.clear()
+        METHODS.update(known)
+    with pytest.raises(UserError, match="Invalid method 'peak'"): guard(method="peak")
+    with pytest.raises(UserError, match="Cannot load criteria from 'nbs/none.ipynb': FileNotFoundError"): guard(criteria="nbs/none.ipynb", method="peak")
+    with pytest.raises(UserError, match="'nbs/index.ipynb' registers no criterion"): guard(criteria="nbs/index.ipynb")
+
+
+def test_masks_are_no_method(digits):
+    with pytest.raises(UserError, match="magnitude_masks"): prune(*digits[:1], digits[1].example, "magnitude")
+
+
+def test_a_threshold_gives_what_was_published(digits):
+    "The kept filters of a group are less alike than the threshold, every one that went was as alike as that to another of its group; what is kept in the file is enough."
+    model, data = digits
+    scores = score(model, data.train.plain(100), "redundancy_graph", progress=False)
+    counts = []
+    for threshold in (.6, .7, .8):
+        gone = METHODS["redundancy_graph"].removed_at(scores, threshold)
+        counts.append(sum(map(len, gone.values())))
+        for k, units in gone.items():
+            similarity = scores.groups[k].details["similarity"].clone().fill_diagonal_(0)
+            stay = [u for u in range(len(similarity)) if u not in units]
+            assert similarity[stay][:, stay].max() < threshold and (similarity[units].amax(1) >= threshold).all()
+        plan = trace(model, data.example).plan(gone)
+        assert max_relative_difference(plan.apply(model), plan.masked(model), data.example) <= 1e-5
+    assert counts == sorted(counts, reverse=True) and counts[0] > counts[2]
+

@@ -4,11 +4,12 @@ from dataclasses import fields
 import nbformat, pytest
 from conftest import ROOT
 from prune_nb.dashboard.start import ExploreParams
+from prune_nb.experiment.oracle import OracleParams
 from prune_nb.experiment.params import PretrainParams, PruneParams, parameters_cell
 from prune_nb.experiment.sweep import SweepParams
 
 NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
-EXPERIMENTS = dict(prune=PruneParams, pretrain=PretrainParams, sweep=SweepParams, explore=ExploreParams)
+EXPERIMENTS = dict(prune=PruneParams, pretrain=PretrainParams, sweep=SweepParams, oracle=OracleParams, explore=ExploreParams)
 
 
 def test_metadata_agrees():

@@ -10,9 +10,9 @@ OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY
 
 # name: (parameters, what the sentence says); FILE is a regular file, PICKLE a torch.save, BASELINE a run folder of a LeNet, NOWHERE a folder that does not exist
 REFUSED = {
-    "unknown parameter": (dict(ratoi=.5), "Invalid parameter 'ratoi'. Did you mean 'ratio'? Valid: method, ratio, of, "),
+    "unknown parameter": (dict(ratoi=.5), "Invalid parameter 'ratoi'. Did you mean 'ratio'? Valid: criteria, method, ratio, of, "),
     "method": (dict(method="eigendamag"), "Invalid method 'eigendamag'. Did you mean 'eigendamage'? Valid: eigendamage"),
-    "model": (dict(model="resnet21"), "Invalid model 'resnet21'. Did you mean 'resnet32'? Valid: vgg16, vgg19, resnet20, "),
+    "model": (dict(model="resnet21"), "Invalid model 'resnet21'. Did you mean 'resnet32'? Valid: vgg16, vgg19, resnet8, resnet20, "),
     "data set": (dict(dataset="cifar"), "Invalid dataset 'cifar'. Did you mean 'cifar10'? Valid: digits, cifar10, cifar100."),
     "ratio": (dict(ratio=1), "Invalid ratio 1.0. Valid: a number in [0, 1)"),
     "checkpoint of another architecture": (dict(checkpoint="BASELINE"), "is of another network ("),
@@ -49,8 +49,8 @@ def test_refused_through_papermill(refusals, name):
 
 @pytest.mark.parametrize("parameters, sentence", [
     (dict(of="flops"), "Invalid of 'flops'. Valid: units, params, macs, latency."),
-    (dict(schedule="gradual"), "Invalid schedule 'gradual'. Valid: one_shot."),
-    (dict(rounds=3), "Invalid rounds 3. Valid: 1."),
+    (dict(schedule="gradually"), "Invalid schedule 'gradually'. Did you mean 'gradual'? Valid: one_shot, iterative, "),
+    (dict(rounds=3), "rounds is for the schedule iterative; this one is 'one_shot'."),
     (dict(preset="eigendamage-vgg16-cifar10"), "Did you mean 'eigendamage-vgg19-cifar10'? Valid: "),
     (dict(fisher="true"), "Invalid fisher 'true'. Valid: mc, exact, empirical."),
     (dict(lr_schedule="steps"), "Did you mean 'step'? Valid: step, one_cycle, cosine."),

@@ -42,15 +42,12 @@ class GeometricMedianCosine(GeometricMedian):
 # %% ../../nbs/criteria/geometric_median.ipynb #c7b9b09b
 @register
 class GeometricMedianMix:
-    """Norm, then distance: the fourth of a layer's filters with the least 2-norms goes first, in the order of their norms; the others follow by the sum of their distances among themselves
-    (He et al., CVPR 2019, the mix of 10 % by norm and 30 % by distance at 40 %). Both parts are shares of the largest in the layer; the second is raised by 1."""
-    name, needs, measures, by_norm = "fpgm_mix", "weights", "share", .25
+    """Norm, then distance: the tenth of a layer's filters with the least 2-norms goes first, in the order of their norms; the others follow by the sum of their distances among themselves, from the largest norm on
+    (He et al., CVPR 2019: of 40 %, 10 % by norm and 30 % by distance)."""
+    name, needs, measures, by_norm = "fpgm_mix", "weights", "size", .1
     def __call__(self, member):
         if member.side != "outputs": return None
         rows = member.rows().double()
-        norms, out = rows.norm(dim=1), torch.empty(len(rows), dtype=torch.float64, device=rows.device)
-        order = norms.argsort(stable=True)
-        small, rest = order[:(n := int(self.by_norm * len(rows)))], order[n:]
-        far = distances(rows[rest], "l2")
-        out[small], out[rest] = norms[small] / norms.max().clamp_min(1e-300), 1 + far / far.max().clamp_min(1e-300)
-        return out
+        norms = rows.norm(dim=1)
+        rest = norms.argsort(stable=True)[int(self.by_norm * len(rows) + 1e-9):]
+        return norms.index_copy(0, rest, norms.max() + distances(rows[rest], "l2"))

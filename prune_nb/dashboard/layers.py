@@ -7,8 +7,8 @@ __all__ = ['SIDES', 'COUPLED', 'STAYS', 'TRACES', 'RULES', 'BY_HAND', 'WAYS', 'w
            'unit_values', 'unit_ranks', 'lost_units', 'Bins', 'letter', 'look', 'picture', 'usable_methods',
            'as_scores', 'controls', 'Layers', 'lay_out', 'connect', 'select', 'dress', 'frozen', 'part', 'limits',
            'ready', 'asked', 'replan', 'gone', 'loss_of', 'draw', 'hover', 'show_tiles', 'show_page', 'reasons',
-           'why_stays', 'coupled_in', 'members', 'told', 'data', 'choose_layer', 'inspect', 'set_rule', 'clear_rules',
-           'apply', 'recipe', 'papermill']
+           'why_stays', 'coupled_in', 'members', 'told', 'ruled', 'data', 'choose_layer', 'inspect', 'set_rule',
+           'clear_rules', 'apply', 'recipe', 'papermill']
 
 # %% ../../nbs/dashboard/layers.ipynb #8af0cad2
 import html, shlex
@@ -154,7 +154,7 @@ def picture(layers) -> go.FigureWidget:
     size = 11 if n <= 30 else 9 if n <= 90 else 7
     fig.update_xaxes(type="category", tickangle=-90, tickfont_size=size, dtick=1, showticklabels=n <= 150, row=1, col=1).update_yaxes(title="inputs    % kept    outputs", range=[-104, 104], tickvals=[-100, -50, 0, 50, 100], ticktext=[100, 50, 0, 50, 100], row=1, col=1)
     fig.update_xaxes(title="saliency", row=2, col=1).update_yaxes(title="units", row=2, col=1).update_xaxes(title="fraction gone", tickformat=".0%", range=[0, 1], row=2, col=2)
-    fig.update_layout(barmode="relative", bargap=.15, height=640, margin=dict(l=60, r=15, t=60, b=45), legend=dict(orientation="h", x=0, y=1.02, yanchor="bottom", itemclick=False, itemdoubleclick=False), hovermode="closest")
+    fig.update_layout(barmode="relative", bargap=.15, height=640, margin=dict(l=60, r=15, t=70, b=45), legend=dict(orientation="h", x=0, yref="container", y=.99, yanchor="top", itemclick=False, itemdoubleclick=False), hovermode="closest")
     return live(fig)
 
 # %% ../../nbs/dashboard/layers.ipynb #f9bb8864
@@ -428,14 +428,19 @@ def told(self:Layers, layer:str) -> str:
 Layers.members, Layers.told = members, told
 
 # %% ../../nbs/dashboard/layers.ipynb #3508f106
+def ruled(self:Layers, layer:str) -> str:
+    "The rule of a layer in words; empty where it has none."
+    kind, share = self.rules.get(layer, (None, 0))
+    return "" if kind is None else kind if kind == "whole" else f"{kind} {share:g}"
+
 def data(self:Layers) -> pd.DataFrame:
     "A row per layer: outputs and inputs before and after, its group, its rule, why something of it stays."
     s = self.sides
     return pd.DataFrame(dict(layer=self.layers, outputs=s.sizes[0], outputs_kept=self.kept[0], inputs=s.sizes[1], inputs_kept=self.kept[1], group=[s.groups[g].name if g >= 0 else "" for g in s.owner[0]],
-                             rule=[" ".join(map(str, self.rules[l])) if l in self.rules else "" for l in self.layers],
+                             rule=[self.ruled(l) for l in self.layers],
                              stays=self.whys)).set_index("layer")
 
-Layers.data = property(data)
+Layers.ruled, Layers.data = ruled, property(data)
 
 # %% ../../nbs/dashboard/layers.ipynb #d3d7b1ea
 def choose_layer(self:Layers, name:str):
@@ -479,7 +484,7 @@ def apply(self:Layers):
             self.say("Measuring accuracy ...")
             measured["accuracy"] = [evaluate(m, self.test)["accuracy"] for m in pair]
         self.say("Measuring latency ...")
-        self.measured = measured | dict(latency=latencies_ms(pair, self.example, 2, 10))
+        self.measured = measured | dict(latency=latencies_ms(pair, self.example, 3, 20))
     self.show_tiles()
     self.say(f"Applied: view.result.model is the smaller network; it differs from the masked original by {self.result.difference:.1e}.")
 

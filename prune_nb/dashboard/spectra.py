@@ -96,7 +96,7 @@ PANEL = ("eigenvalues of the outputs, and energy", "eigenvalues of the inputs, a
 
 def picture() -> go.FigureWidget:
     "All traces, still empty: of both sides kept and removed eigenvalues, energy, effective rank; the map; what goes of it; pairs and where they would be equal."
-    fig = make_subplots(2, 2, specs=[[dict(secondary_y=True)] * 2, [{}, {}]], subplot_titles=PANEL, row_heights=[.44, .56], vertical_spacing=.13, horizontal_spacing=.15)
+    fig = make_subplots(2, 2, specs=[[dict(secondary_y=True)] * 2, [{}, {}]], subplot_titles=PANEL, row_heights=[.44, .56], vertical_spacing=.13, horizontal_spacing=.19)
     for c, (side, _, symbol) in enumerate(SIDES, 1):
         for what, colour, mark in (("kept", KEPT, symbol), ("removed", REMOVED, f"{symbol}-open")):
             fig.add_trace(go.Scatter(mode="markers", name=what, legendgroup=what, showlegend=c == 1, marker=dict(color=colour, symbol=mark, size=6), hovertemplate=f"{side[:-1]} direction %{{x}}: %{{y:.3g}}<extra>{what}</extra>"), 1, c)
@@ -104,7 +104,7 @@ def picture() -> go.FigureWidget:
         fig.add_trace(go.Scatter(mode="lines", name="effective rank", legendgroup="rank", showlegend=c == 1, y=[0, 1.04], line=dict(color=NEUTRAL, width=2, dash="dot"), hoverinfo="name+x"), 1, c, secondary_y=True)
         fig.update_xaxes(title=f"{side[:-1]} directions, largest first", row=1, col=c).update_yaxes(type="log", exponentformat="power", row=1, col=c, secondary_y=False)
         fig.update_yaxes(range=[0, 1.04], tickformat=".0%", tickvals=[0, .25, .5, .75, 1], showgrid=False, row=1, col=c, secondary_y=True)
-    fig.add_trace(go.Heatmap(colorscale="Cividis", colorbar=dict(thickness=12, len=.5, y=.24, x=.43, xpad=4), hovertemplate="outputs to %{y:.0f}, inputs to %{x:.0f}: 1e%{z:.2f}<extra></extra>"), 2, 1)
+    fig.add_trace(go.Heatmap(colorscale="Cividis", colorbar=dict(thickness=12, len=.5, y=.24, x=.41, xpad=4), hovertemplate="outputs to %{y:.0f}, inputs to %{x:.0f}: 1e%{z:.2f}<extra></extra>"), 2, 1)
     fig.add_trace(go.Scatter(mode="lines", fill="toself", name="goes", showlegend=False, line=dict(color=REMOVED, width=1), fillcolor="rgba(255,255,255,.55)", fillpattern=dict(shape="/", fgcolor=REMOVED, bgcolor="rgba(255,255,255,.5)", size=8, solidity=.12), hoverinfo="skip"), 2, 1)
     fig.add_trace(go.Scatter(mode="markers", name="pair of directions", showlegend=False, marker=dict(color=KEPT, size=4, opacity=.55), hovertemplate="product %{x:.2e}<br>measured %{y:.2e}<extra></extra>"), 2, 2)
     fig.add_trace(go.Scatter(mode="lines", name="equal", showlegend=False, line=dict(color=NEUTRAL, dash="dash"), hoverinfo="skip"), 2, 2)

@@ -196,6 +196,7 @@ def cut(model:nn.Module, removed:dict, take=gathered) -> nn.Module:
 # %% ../../nbs/surgery/channels.ipynb #c4326436
 class KeptNorm(nn.Module):
     "A normalisation of all indices of dimension `dim` but the removed ones, zero at those."
+    eps = float("nan")   # equal to nothing: keeps encoder layers off their fused path
     def __init__(self, norm, dim, removed):
         super().__init__()
         self.norm, self.dim, self.removed = norm, dim, removed

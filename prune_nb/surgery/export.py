@@ -13,20 +13,23 @@ import torch
 from torch import nn
 from torch.export.graph_signature import InputKind, TensorArgument
 from ..core import UserError, load_tensors, one_of, save_json, save_tensors, untouched, write_atomic
+from ..models import read_weights
 from ..profile import attention_fastpath_off
 from .plan import Plan, load_plan
 from .verify import VerificationError, max_relative_difference, tensors_in
 
 # %% ../../nbs/surgery/export.ipynb #c8268d4e
 def load_weights(model:nn.Module, path) -> nn.Module:
-    "Set the weights of `model` from a safetensors file, or from the folder that holds `model.safetensors`. Raises `UserError` when they are another network's; `model` is then as before."
+    "Set the weights of `model` from a safetensors file, a state dict (.pth, .pt) or the folder that holds `model.safetensors`. Raises `UserError` when they are another network's; `model` is then as before."
     path = Path(path)
     if path.is_dir(): path = path / "model.safetensors"
-    tensors, _ = load_tensors(path)
     own = model.state_dict()
+    tensors = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | read_weights(path)   # files of old have no such counts
     wrong = ([f"it lacks {k!r}" for k in own if k not in tensors] + [f"it has {k!r}, which the network lacks" for k in tensors if k not in own]
              + [f"{k!r} is {tuple(tensors[k].shape)} instead of {tuple(v.shape)}" for k, v in own.items() if k in tensors and tensors[k].shape != v.shape])
-    if wrong: raise UserError(f"Checkpoint {str(path)!r} is of another network ({len(wrong)} differences, the first: {wrong[0]}). "
+    if len(wrong) <= 2 and (heads := [k for k, v in own.items() if k in tensors and tensors[k].shape != v.shape]) and all(tensors[k].shape[1:] == own[k].shape[1:] for k in heads):
+        raise UserError(f"Checkpoint {str(path)!r} is of the same network with {len(tensors[heads[0]])} classes, these data have {len(own[heads[0]])} ({wrong[0]}). Give the data set that it was trained on, or train its classifier anew first.")
+    if wrong: raise UserError(f"Checkpoint {str(path)!r} is of another network ({len(wrong)} differences, the first: {'; '.join(wrong[:3])}). "
                               "Give the model and data set that it was trained with, or another checkpoint.")
     model.load_state_dict(tensors)
     return model
