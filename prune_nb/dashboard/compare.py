@@ -124,7 +124,7 @@ def _bars(layers, dense, network, groups) -> list:
     number, why = zip(*(groups.get(n, (None, "")) for n in layers)) if layers else ((), ())
     colours = [STAYS_COLOUR if g is None else GROUPS[g % len(GROUPS)] for g in number]
     hover = [f"<b>{n}</b><br>was {' → '.join(map(str, old[n]))}<br>is {' → '.join(map(str, new.get(n, ['gone'])))}<br>{html.escape(w)}" for n, w in zip(layers, why)]
-    said = [f"{b} of {a}" if a != b else f"{a}" for a, b in zip(full, left)]
+    said = [(f"{b} of {a}" if a != b else f"{a}") + ("" if g is None else f" · {g}") for a, b, g in zip(full, left, number)]
     bar = lambda w, **look: go.Bar(orientation="h", y=layers, x=w, base=[-v / 2 for v in w], hovertext=hover, hoverinfo="text", showlegend=False, **look)
     return [bar(full, marker=dict(color="rgba(0,0,0,0)", line=dict(color=NEUTRAL, width=1)), width=.8),
             bar(left, marker=dict(color=colours, line=dict(color=NEUTRAL, width=1)), width=.8),
@@ -278,7 +278,7 @@ def picture(self:Compare) -> tuple:
         if self.weights is None or self.batches is None: return go.Figure(), "To measure takes the dense network and data: model=, data=."
         if not len(self.data): return go.Figure(), "Measure cuts one layer or group after another, and all together, and reads the loss each time."
         return predicted_measured(self.data).update_layout(title=None), "Below the dashed line, the loss rises less than predicted."
-    why = f" Which channels live and die together is not known: {self.untraced}" if self.untraced else " Layers of one colour lose the same channels; outputs of grey ones stay. Why, and the sizes, on hover."
+    why = f" Which channels live and die together is not known: {self.untraced}" if self.untraced else " Layers of one colour and number lose the same channels; outputs of grey ones stay. Why, and the sizes, on hover."
     return network_figure(self.dense, self.sides, self.groups), f"{self.summary}.{why}"
 
 @property
