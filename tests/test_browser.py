@@ -32,7 +32,7 @@ def seen(home, browser):
         seen = Seen(browser, 1280, 4600)
         seen.open_in_lab(address, "explore.ipynb")
         seen.run_all()
-        for view in VIEWS: expect(seen.view(view).locator(".main-svg").first).to_be_visible(timeout=60_000)
+        for view in VIEWS: expect(seen.view(view).locator(".cartesianlayer .trace").first).to_be_visible(timeout=60_000)
         yield seen
         seen.page.close()
 

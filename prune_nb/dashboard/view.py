@@ -40,6 +40,12 @@ STYLE = """<style>
 
 # %% ../../nbs/dashboard/view.ipynb #55ca0900
 LOAD = """
+// anywidget gives every model two seconds, fewer than a busy machine needs while plotly loads, and then drops all that is sent to it
+if (!globalThis.pruneNbPatience) {
+  const timeout = AbortSignal.timeout.bind(AbortSignal);
+  AbortSignal.timeout = ms => timeout(ms === 2000 ? 120000 : ms);
+  globalThis.pruneNbPatience = true;
+}
 const plotly = async () => {
   while (!globalThis.pruneNbCode) await new Promise(done => setTimeout(done, 50));
   return globalThis.pruneNbPlotly ??= import(URL.createObjectURL(new Blob([globalThis.pruneNbCode], { type: "text/javascript" })));
