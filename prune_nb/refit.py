@@ -204,9 +204,11 @@ def refit(model:nn.Module,   # that the plan is for; untouched
           progress=True,
           scores=None,       # that the plan is of: their curvature weighs the errors of the outputs; all errors are alike when None
           ) -> Plan:
-    """The plan with new factors, layer by layer in the order of the forward pass: those nearest in least squares to what the dense network puts out, from what the layer reads once those before it are refitted. Forms and costs stay; a rank that costs
-    nothing (outputs in the form `in`, inputs in `out`) becomes full, and losses predicted are those of the allocation. Where batch normalisation follows, means do not count: estimate it anew after `apply`, as `prune` does. Separable forms and layers whose outputs are no
-    longer the dense network's stay, as `settings["refit"]` says. A pass for each layer. Raises `UserError` for a plan without factorised layers and without data."""
+    """The plan with new factors, layer by layer in the order of the forward pass: those nearest in least squares to what the dense network puts out, from what
+    the layer reads once those before it are refitted. Forms and costs stay; a rank that costs nothing (outputs in the form `in`, inputs in `out`) becomes full, and
+    losses predicted are those of the allocation. Where batch normalisation follows, means do not count: estimate it anew after `apply`, as `prune` does.
+    Separable forms and layers whose outputs are no longer the dense network's stay, as `settings["refit"]` says. (A grouped convolution has no factors.)
+    A pass for each layer. Raises `UserError` for a plan without factorised layers and without data."""
     _checked(plan, samples, ridge)
     data, removed = _Examples(data, samples), plan.removed
     first = next(iter(data), None)
