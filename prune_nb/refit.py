@@ -75,12 +75,14 @@ def nearest(A:torch.Tensor,       # D x D, mean of z z^T
             root=None,            # of G, C_out x C_out: the square root of what errors of outputs weigh; the identity when None
             ) -> tuple:
     r"""(back, rest), C_out x rank with orthonormal columns and rank x D: their product M is the one of this rank that minimises $\mathrm{E}\|y - M z\|_G^2 + \rho \|M - M_0\|_G^2$, $\|v\|_G^2 = v^\top G v$, $M_0$ the present one.
-    The error by itself is then no larger than that of $M_0$."""
+    The error by itself is then no larger than that of $M_0$. Raises `UserError` for a ridge that rounding outweighs."""
     R = A + ridge * A.diagonal().mean() * torch.eye(len(A)).to(A)
-    M = present + torch.linalg.solve(R, (C - present @ A).mT).mT
+    L, failed = torch.linalg.cholesky_ex(R)
+    if failed: raise UserError(f"The ridge {ridge!r} is too small for what a layer reads, which has directions of no more than rounding. Raise it, or give the network and data in float64.")
+    M = present + torch.cholesky_solve((C - present @ A).mT, L).mT
     if rank >= len(M): return torch.eye(len(M)).to(M), M
     root = torch.eye(len(M)).to(M) if root is None else root
-    U = torch.linalg.svd(root @ M @ torch.linalg.cholesky(R), full_matrices=False).U[:, :rank]
+    U = torch.linalg.svd(root @ M @ L, full_matrices=False).U[:, :rank]
     back, turn = torch.linalg.qr(torch.linalg.solve(root, U))
     return back, turn @ U.mT @ root @ M
 
@@ -182,7 +184,8 @@ def solved(parts:nn.Sequential, form:str, A, C, ridge:float, root=None) -> Facto
     "The factors of a layer from its moments, all but `into` anew. Nothing changes where all that is read is zero."
     layers = outer_layers(parts, form)
     present, channels = outer_matrix(layers), layers[0].weight.shape[1]
-    back, rest = nearest(A, C, present, len(present) if form == "in" else len(layers[0].weight), ridge, root) if A.any() else (torch.eye(len(present)).to(present), present)
+    if not A.any(): A, C = torch.eye(len(A)).to(A), present
+    back, rest = nearest(A, C, present, len(present) if form == "in" else len(layers[0].weight), ridge, root)
     if form == "low_rank":                                          # as much of the scale in one factor as in the other
         U, s, Vt = torch.linalg.svd(rest, full_matrices=False)
         return Factors((s.sqrt() * Vt.mT).mT, torch.eye(len(s)).to(s)[..., None], back @ U * s.sqrt())

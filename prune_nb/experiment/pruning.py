@@ -288,7 +288,8 @@ def time_both(experiment):
 def outcome(experiment) -> dict:
     "What `result.json` says. The change of the loss is that of the last surgery."
     p, plan, before = experiment.params, experiment.result.plan, experiment.before
-    loss, base = (evaluate(m, experiment.images)["loss"] for m in (plan.masked(before), before))
+    masked = experiment.result.masked if p.refit else plan.masked(before)   # a refit counts on batch normalisation being estimated anew
+    loss, base = (evaluate(m, experiment.images)["loss"] for m in (masked, before))
     expected = predicted(plan)
     return dict(method=p.method, model=p.model, dataset=p.dataset, ratio=p.ratio if p.threshold is None else None, of=p.of, seed=p.seed, **experiment.stages,
                 predicted_loss_change=None if math.isnan(expected) else expected, measured_loss_change=loss - base, device=str(torch_device(p.device)))
