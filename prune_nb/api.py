@@ -14,6 +14,7 @@ from .core import UserError, untouched
 from .criteria.core import METHODS, Scores, collector_of, first_example, is_example, score
 from .latency import latency_table
 from .profile import compare
+from .refit import refit as refit_plan
 from .surgery.channels import kept
 from .surgery.coupling import trace
 from .surgery.export import export, load, save
@@ -61,8 +62,9 @@ def report(model:nn.Module, small:nn.Module, plan:Plan, example) -> pd.DataFrame
     return table
 
 # %% ../nbs/api.ipynb #9f916822
-def _checked_data(data, method):
+def _checked_data(data, method, refit=False):
     "Inputs of an example where they are enough, or batches that can be gone through more than once."
+    if refit and collector_of(method).ranks != "layers": raise UserError(f"refit is for methods that factorise layers; {method!r} cuts channels. Leave it out, or take a method that ranks directions of layers, as 'curvature_tucker'.")
     if is_example(data):
         if not collector_of(method).targets: return
         raise UserError(f"Example inputs are not enough for {method!r}, which needs the loss: pass a DataLoader, or a list of (inputs, targets).")
@@ -120,11 +122,14 @@ def prune(model:nn.Module,
           progress=True,
           how:str=None,        # way of allocation: global | per_cost | uniform | multiplier; None: by the method
           table=None,          # measured latencies, of `prune_nb.latency`; None: measured for one example where `of` is latency
+          refit:bool=False,    # whether factorised layers are fitted anew to the dense network's outputs, one after the other: `prune_nb.refit`
           ) -> Result:
     """A smaller copy of `model`, equal to it with the least salient parts silenced. `model` itself is untouched. Raises `UserError` for bad input and for
     a budget that cannot be met, `VerificationError` if the surgery were not exact."""
-    collector_of(method); check_budget(ratio, of); _checked_data(data, method)
+    check_budget(ratio, of); _checked_data(data, method, refit)
     scores = score(model, data, method, samples, fisher, loss, seed, ignore, reduction, normalization, progress)
     example = first_example(data)
     if of == "latency" and table is None: table = latency_table(model, example, scores, progress=progress)
-    return operate(model, allocate(scores, ratio, of, cap, how, table=table), scores, None if is_example(data) else _Head(data, samples), example)
+    plan = allocate(scores, ratio, of, cap, how, table=table)
+    if refit: plan = refit_plan(model, plan, data, samples, progress=progress, scores=scores)
+    return operate(model, plan, scores, None if is_example(data) else _Head(data, samples), example)

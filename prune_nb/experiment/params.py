@@ -222,6 +222,7 @@ class Recovery(Places):
     distill: float = param(0., "share of distillation from the baseline in the loss, 0 for none", (lambda v: 0 <= v <= 1, "a number in [0, 1]"))
     temperature: float = param(4., "of distillation", positive("a number above 0"))
     ema: float = param(0., "decay of an average of the weights, which is evaluated and kept; 0 for none", between(0, 1))
+    refit: bool = param(False, "before training, factors of every layer solved anew in closed form, nearest to the outputs of the network before the surgery: for methods that factorise layers")
     start: str = param("finetune", f"weights after the last surgery: {'; '.join(f'{k} ({v})' for k, v in STARTS.items())}", STARTS)
 
 # %% ../../nbs/experiment/params.ipynb #cb6ed14e
@@ -250,6 +251,8 @@ def check_schedule(p):
     ranks = collector_of(p.method).ranks
     if ranks == "layers" and (p.reduction or p.normalization): raise UserError(f"reduction and normalization are for methods that rank groups of channels; {p.method!r} ranks directions of layers. Leave them out.")
     if ranks == "layers" and p.schedule not in ("one_shot", "iterative"): raise UserError(f"The schedule {p.schedule!r} masks channels while training; {p.method!r} ranks directions of layers, which are factorised. Take one_shot or iterative, or a method that ranks channels.")
+    if p.refit and ranks != "layers": raise UserError(f"refit is for methods that factorise layers; {p.method!r} cuts channels. Leave it out, or take a method that ranks directions of layers.")
+    if p.refit and p.start == "rewind": raise UserError("start 'rewind' cuts the baseline's initial weights, and refit fits factors to the trained ones. Leave one of them out.")
     for name, schedules in ONLY.items():
         if p.schedule not in schedules and getattr(p, name) not in (None, "", 0.) and (name, getattr(p, name)) != ("rounds", 1):
             raise UserError(f"{name} is for the schedule {' | '.join(schedules)}; this one is {p.schedule!r}. Leave it out, or choose another schedule.")

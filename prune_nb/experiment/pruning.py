@@ -25,6 +25,7 @@ from .baseline import experiment_data, new_model, pretrain, set_threads, shipped
 from .params import PruneParams, numbers, torch_device
 from ..models import initialise
 from ..profile import count_macs, count_params, latencies_ms
+from ..refit import refit
 from ..rounds import dense_form, plan_of_all, regrow, scores_within
 from ..runs import STAGE, discarded_on_error, log, open_run, read_metrics, rewind, save_result, timed
 from ..schedules import PRUNERS, units_of
@@ -188,6 +189,7 @@ def surgery(experiment, number:int, goal:float) -> tuple:
     first = load_scores(path(1)) if scores.groups and total else scores
     with timed(run, "surgery"):
         plan = latency_plan(experiment, before, scores) if p.of == "latency" else planned(p, scores, present_ratio(goal, scores, first, units_of(total) if total else 0, p.of))
+        if p.refit and "refit" not in plan.settings: plan = refit(before, plan, experiment.images, scores=scores)
         whole = plan_of_all(total, plan, experiment.model)
         if last: save_plan(whole, run.path("plan.json"))
         result = operate(before, plan, scores, experiment.images, experiment.data.example)
@@ -286,7 +288,8 @@ def time_both(experiment):
 def outcome(experiment) -> dict:
     "What `result.json` says. The change of the loss is that of the last surgery."
     p, plan, before = experiment.params, experiment.result.plan, experiment.before
-    loss, base = (evaluate(m, experiment.images)["loss"] for m in (plan.masked(before), before))
+    masked = experiment.result.masked if p.refit else plan.masked(before)   # a refit counts on batch normalisation being estimated anew
+    loss, base = (evaluate(m, experiment.images)["loss"] for m in (masked, before))
     expected = predicted(plan)
     return dict(method=p.method, model=p.model, dataset=p.dataset, ratio=p.ratio if p.threshold is None else None, of=p.of, seed=p.seed, **experiment.stages,
                 predicted_loss_change=None if math.isnan(expected) else expected, measured_loss_change=loss - base, device=str(torch_device(p.device)))
