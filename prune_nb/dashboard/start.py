@@ -132,7 +132,7 @@ def open_network(p:ExploreParams) -> Opened:
     data, weights = experiment_data(e), baseline_folder(e)
     model = load_weights(new_model(e, data), weights).eval()
     set_threads(model, data, e.batch_size)
-    source = {k: v for k, v in dataclasses.asdict(e).items() if v != getattr(PruneParams, k, None) and k not in ("method", "ratio", "of", "batch_size", "lr", "lr_schedule", "epochs", "run_name", "resume")} | dict(dataset=e.dataset, model=e.model)
+    source = {k: v for k, v in dataclasses.asdict(e).items() if v != getattr(PruneParams, k, None) and k not in ("method", "ratio", "of", "batch_size", "lr", "lr_schedule", "epochs", "run_name", "resume", "rounds")} | dict(dataset=e.dataset, model=e.model)
     settings = dict(samples=e.samples, fisher=e.fisher, seed=derived_seed(e.seed, "labels"))
     return Opened(model, data.train.plain(e.samples), _methods(p), data.test, str(weights), source, _setup(p), settings)
 
