@@ -78,3 +78,18 @@ def test_notebooks_are_clean(path):
     assert len({c.id for c in nb.cells}) == len(nb.cells)
     for c in nb.cells:
         if c.cell_type == "code" and not c.source.lstrip().startswith(("!", "%")): ast.parse(c.source)
+
+
+def names(sources, kind) -> set:
+    "Names that are read (`ast.Load`) anywhere in the code, or set (`ast.Store`) at its top level."
+    inner = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.GeneratorExp, ast.DictComp, ast.SetComp)
+    def walk(node): return [node] + [m for n in ast.iter_child_nodes(node) if kind is ast.Load or not isinstance(n, inner) for m in walk(n)]
+    return {n.id for s in sources for n in walk(ast.parse(s)) if isinstance(n, ast.Name) and isinstance(n.ctx, kind)}
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if "register" in p.read_text()], ids=lambda p: p.relative_to(ROOT / "nbs").as_posix())
+def test_examples_leave_what_registered_code_uses(path):
+    "Notebooks are tested several in one process, and what they register is used by those that follow: a variable of an example with the name of an imported function would break it."
+    sources = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+    exported = [s for s in sources if s.startswith("#| export")]
+    imported = {(a.asname or a.name) for s in exported for n in ast.parse(s).body if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    assert not imported & names(exported, ast.Load) & names([s for s in sources if s not in exported], ast.Store)
