@@ -88,7 +88,8 @@ def test_all_criteria_of_gates_share_one_pass(lenet, scores):
     data = Counted(list(images)[:2])
     found = score(model, data, GATES, progress=False)
     assert data.times == 2                                    # one for the example that is traced
-    for m in GATES: assert torch.allclose(found[m].groups["fc1"].saliency, score(model, data.batches, m, progress=False).groups["fc1"].saliency, rtol=1e-4, atol=1e-9)
+    # float32: the loss is rounded to 1e-8, and gates of one criterion are summed in other chunks
+    for m in GATES: assert torch.allclose(found[m].groups["fc1"].saliency, score(model, data.batches, m, progress=False).groups["fc1"].saliency, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", GATES)
