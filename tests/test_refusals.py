@@ -8,15 +8,15 @@ from prune_nb.models import create_model
 
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"), "http://127.0.0.1:9") | dict(no_proxy="", NO_PROXY="")
 
-# name: (parameters, what the sentence says); FILE is a regular file, PICKLE a torch.save, BASELINE a run folder of a LeNet, NOWHERE a folder that does not exist
+# name: (parameters, what the sentence says); FILE is a regular file, PICKLE a whole model by torch.save, BASELINE a run folder of a LeNet, NOWHERE a folder that does not exist
 REFUSED = {
     "unknown parameter": (dict(ratoi=.5), "Invalid parameter 'ratoi'. Did you mean 'ratio'? Valid: criteria, method, ratio, of, "),
     "method": (dict(method="eigendamag"), "Invalid method 'eigendamag'. Did you mean 'eigendamage'? Valid: eigendamage"),
     "model": (dict(model="resnet21"), "Invalid model 'resnet21'. Did you mean 'resnet32'? Valid: vgg16, vgg19, resnet8, resnet20, "),
-    "data set": (dict(dataset="cifar"), "Invalid dataset 'cifar'. Did you mean 'cifar10'? Valid: digits, cifar10, cifar100."),
+    "data set": (dict(dataset="cifar"), "Invalid dataset 'cifar'. Did you mean 'cifar10'? Valid: digits, cifar10, cifar100, tiny_imagenet, imagenet, fake."),
     "ratio": (dict(ratio=1), "Invalid ratio 1.0. Valid: a number in [0, 1)"),
     "checkpoint of another architecture": (dict(checkpoint="BASELINE"), "is of another network ("),
-    "pickled checkpoint": (dict(checkpoint="PICKLE"), "is not a readable safetensors file"),
+    "pickled checkpoint": (dict(checkpoint="PICKLE"), "holds more than weights, a whole model perhaps, and is not loaded"),
     "runs_dir below a file": (dict(model="lenet", checkpoint="BASELINE", runs_dir="FILE/runs"), "Give runs_dir=, a folder that you may write to."),
     "runs_dir in /proc": (dict(model="lenet", pretrain_epochs=1, runs_dir="/proc/runs"), "Cannot write to runs_dir '/proc/runs'"),
     "loss that is no number": (dict(model="lenet", checkpoint="BASELINE", lr=1e9, epochs=2, samples=128), "Lower the learning rate."),
@@ -29,7 +29,7 @@ REFUSED = {
 def refusals(baseline, pool, tmp_path_factory):
     "All of `REFUSED` through papermill, two at a time."
     given = tmp_path_factory.mktemp("given")
-    torch.save(create_model("resnet20", 10, 1, 8).state_dict(), given / "model.pt")
+    torch.save(create_model("resnet20", 10, 1, 8), given / "model.pt")
     places = dict(BASELINE=str(baseline), PICKLE=str(given / "model.pt"), FILE=str(baseline / "params.json"), NOWHERE=str(given / "none"))
     def place(value):
         for name, path in places.items(): value = value.replace(name, path) if isinstance(value, str) else value
