@@ -245,21 +245,23 @@ class Budget:
         if of == "latency" and self.table is None: raise UserError("Milliseconds are not known: measure them with table = latency_table(model, inputs, scores) of prune_nb.latency, and pass table=table.")
         (kind, value), = asked.items()
         ways = dict(ratio=_by_ratio, ratios=_by_ratios, threshold=_by_threshold, loss=_by_loss)
-        return self._chosen(ways[kind](self, value, of), asked, of)
+        return _choice(self, ways[kind](self, value, of), asked, of)
 
     def plan(self, *args, **kwargs) -> Plan: return self.choose(*args, **kwargs).plan()
 
-    def _chosen(self, chosen, asked, of) -> Choice:
-        space, lines = self.space, not isinstance(self.space, Menus)
-        units = chosen if isinstance(chosen, dict) and lines else None      # these, whatever the order
-        counts = np.array([len(units.get(k, ())) for k in space.owners]) if units is not None else chosen
-        settings = asked | dict(of=of, how=self.how) | (dict(cap=self.limits.cap) if lines else {}) | self.limits.given
-        if lines: settings["units_removed"] = int(counts.sum())
-        costs = ("params", "macs", *["latency"] * (self.table is not None))
-        settings |= {c: space.left(counts, c, of if of != "units" else "params") for c in costs}
-        made = (lambda: dict(cuts=cuts(self.scores, units))) if units is not None else lambda: space.changes(counts, of)
-        predicted = lambda: math.nan if not space.loss else space.predicted(counts, of) if units is None else sum(c.predicted for c in made()["cuts"].values())
-        return Choice(space.kept(counts, of), settings, made, predicted, self.scores)
+# %% ../nbs/allocate.ipynb #69ab21bf
+def _choice(b:Budget, chosen, asked, of) -> Choice:
+    "What was chosen, as units that go or as numbers of them or as entries of menus, with what it comes to."
+    space, lines = b.space, not isinstance(b.space, Menus)
+    units = chosen if isinstance(chosen, dict) and lines else None      # these, whatever the order
+    counts = np.array([len(units.get(k, ())) for k in space.owners]) if units is not None else chosen
+    settings = asked | dict(of=of, how=b.how) | (dict(cap=b.limits.cap) if lines else {}) | b.limits.given
+    if lines: settings["units_removed"] = int(counts.sum())
+    costs = ("params", "macs", *["latency"] * (b.table is not None))
+    settings |= {c: space.left(counts, c, of if of != "units" else "params") for c in costs}
+    made = (lambda: dict(cuts=cuts(b.scores, units))) if units is not None else lambda: space.changes(counts, of)
+    predicted = lambda: math.nan if not space.loss else space.predicted(counts, of) if units is None else sum(c.predicted for c in made()["cuts"].values())
+    return Choice(space.kept(counts, of), settings, made, predicted, b.scores)
 
 # %% ../nbs/allocate.ipynb #6e91afd0
 def _by_ratio(b:Budget, ratio, of):
