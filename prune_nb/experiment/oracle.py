@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COEFFICIENTS', 'SET_SHARES', 'OracleParams', 'all_scores', 'on_loss_scale', 'correlation', 'beside', 'correlations',
-           'correlation_table', 'agreement', 'accuracy_curve', 'Study']
+           'correlation_table', 'agreement', 'accuracy_curve', 'Study', 'study_table']
 
 # %% ../../nbs/experiment/oracle.ipynb #159d79c6
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import numpy as np, pandas as pd
 from scipy import stats
 from torch import nn
 from ..allocate import OF, allocate
-from ..core import Progress, UserError, derived_seed
+from ..core import Progress, UserError, derived_seed, write_atomic
 from ..criteria.core import METHODS, find_method, score
 from ..criteria.oracle import random_sets, set_oracle, set_saliency, unit_oracle
 from ..curvature.fisher import FISHERS
@@ -126,9 +126,10 @@ def accuracy_curve(model:nn.Module, scores, ratios, of:str, images, test) -> lis
         rows.append(row)
     return rows
 
-# %% ../../nbs/experiment/oracle.ipynb #4afc481c
+# %% ../../nbs/experiment/oracle.ipynb #56a66405
 SET_SHARES = (.02, .05, .1, .2)   # of all units
 
+# %% ../../nbs/experiment/oracle.ipynb #4afc481c
 class Study:
     "A trained network and what everybody says of it: `measure`, `sets`, `curves`, then `table`."
     def __init__(self, p:OracleParams):
@@ -169,9 +170,15 @@ class Study:
 
     def table(self) -> pd.DataFrame:
         "A row for each method: correlations with single units and with sets, accuracy at every ratio. Written to `table` where that is asked for."
-        table = pd.DataFrame(index=pd.Index([*self.scores, *self.refused], name="method")).join(correlation_table(self.scores, self.truth))
-        table["sets"] = pd.Series({m: correlation("pearson", self.found[m], self.found.rise) for m in self.found.columns[2:]}, dtype=float)
-        table = table.join(self.curve.pivot(index="method", columns="ratio", values="accuracy").add_prefix(f"accuracy at {self.params.of} -"))
-        table["refused"] = pd.Series(self.refused, dtype=object)
-        if self.params.table: table.round(4).to_csv(self.params.table)
+        table = study_table(self)
+        if self.params.table: write_atomic(self.params.table, table.round(4).to_csv())
         return table
+
+# %% ../../nbs/experiment/oracle.ipynb #854ad083
+def study_table(study:Study) -> pd.DataFrame:
+    "What `Study.table` gives."
+    table = pd.DataFrame(index=pd.Index([*study.scores, *study.refused], name="method")).join(correlation_table(study.scores, study.truth))
+    table["sets"] = pd.Series({m: correlation("pearson", study.found[m], study.found.rise) for m in study.found.columns[2:]}, dtype=float)
+    table = table.join(study.curve.pivot(index="method", columns="ratio", values="accuracy").add_prefix(f"accuracy at {study.params.of} -"))
+    table["refused"] = pd.Series(study.refused, dtype=object)
+    return table
