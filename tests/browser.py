@@ -1,19 +1,44 @@
 "JupyterLab and voila in processes of their own, on copies of notebooks; and Debian's chromium, driven by playwright, which looks at them."
-import contextlib, json, os, shutil, socket, subprocess, sys, time
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
+
 from playwright.sync_api import sync_playwright
+
 from prune_nb.experiment.params import PruneParams
 from prune_nb.experiment.pruning import Experiment
 
 ROOT = Path(__file__).parents[1]
-LAB = ["--allow-root", "--no-browser", "--expose-app-in-browser", "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.terminals_enabled=False", "--ServerApp.log_level=ERROR",
-       "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None", "--LabApp.extension_manager=readonly"]
-SETTINGS = {"@jupyterlab/notebook-extension/tracker": dict(windowingMode="none"), "@jupyterlab/apputils-extension/notification": dict(fetchNews="false", checkForUpdates=False)}
+LAB = [
+    "--allow-root",
+    "--no-browser",
+    "--expose-app-in-browser",
+    "--IdentityProvider.token=",
+    "--ServerApp.password=",
+    "--ServerApp.terminals_enabled=False",
+    "--ServerApp.log_level=ERROR",
+    "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    "--LabApp.news_url=None",
+    "--LabApp.extension_manager=readonly",
+]
+SETTINGS = {
+    "@jupyterlab/notebook-extension/tracker": dict(windowingMode="none"),
+    "@jupyterlab/apputils-extension/notification": dict(fetchNews="false", checkForUpdates=False),
+}
 
 
 def chromium() -> str:
     "Path of the browser. There is no test without."
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    found = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     assert found, "These tests need a browser: apt-get install chromium"
     return found
 
@@ -22,7 +47,8 @@ def workspace(folder, notebooks) -> Path:
     "A project of its own in `folder`, with copies of `notebooks`: whatever is run, saved or trained there stays there."
     (folder / "nbs").mkdir(parents=True)
     shutil.copy(ROOT / "settings.ini", folder)
-    for n in notebooks: shutil.copy(n, folder / "nbs")
+    for n in notebooks:
+        shutil.copy(n, folder / "nbs")
     for name, values in SETTINGS.items():
         path = folder / "home/settings" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,14 +58,43 @@ def workspace(folder, notebooks) -> Path:
 
 def small_run(folder, method, ratio, name="", **given) -> Experiment:
     "A real experiment of a moment, in `folder/runs`, dense network included."
-    e = Experiment(PruneParams(**dict(method=method, ratio=ratio, of="macs", model="lenet", pretrain_epochs=2, epochs=3, samples=256, runs_dir=str(folder / "runs"), run_name=name or f"{method}-{ratio}") | given).validated())
+    e = Experiment(
+        PruneParams(
+            **dict(
+                method=method,
+                ratio=ratio,
+                of="macs",
+                model="lenet",
+                pretrain_epochs=2,
+                epochs=3,
+                samples=256,
+                runs_dir=str(folder / "runs"),
+                run_name=name or f"{method}-{ratio}",
+            )
+            | given
+        ).validated()
+    )
     e.baseline(), e.prune(), e.finetune(), e.finish()
     return e
 
 
 def environment(folder) -> dict:
-    home = {k: str(folder / "home" / v) for k, v in dict(HOME="", IPYTHONDIR="ipython", JUPYTER_CONFIG_DIR="config", JUPYTER_RUNTIME_DIR="runtime", JUPYTERLAB_SETTINGS_DIR="settings", JUPYTERLAB_WORKSPACES_DIR="workspaces").items()}
-    return os.environ | home | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", JUPYTER_PREFER_ENV_PATH="1")
+    home = {
+        k: str(folder / "home" / v)
+        for k, v in dict(
+            HOME="",
+            IPYTHONDIR="ipython",
+            JUPYTER_CONFIG_DIR="config",
+            JUPYTER_RUNTIME_DIR="runtime",
+            JUPYTERLAB_SETTINGS_DIR="settings",
+            JUPYTERLAB_WORKSPACES_DIR="workspaces",
+        ).items()
+    }
+    return (
+        os.environ
+        | home
+        | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", JUPYTER_PREFER_ENV_PATH="1")
+    )
 
 
 def free_port() -> int:
@@ -53,34 +108,61 @@ def serving(folder, *command, seconds=60):
     "A server for `folder`; gives its address and ends it afterwards."
     port = free_port()
     with open(folder / f"server-{port}.log", "w") as log:
-        server = subprocess.Popen([sys.executable, "-m", *command, "--ip=127.0.0.1" if "voila" not in command else "--Voila.ip=127.0.0.1", f"--port={port}"], cwd=folder, env=environment(folder), stdout=log, stderr=log)
+        server = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                *command,
+                "--ip=127.0.0.1" if "voila" not in command else "--Voila.ip=127.0.0.1",
+                f"--port={port}",
+            ],
+            cwd=folder,
+            env=environment(folder),
+            stdout=log,
+            stderr=log,
+        )
     try:
         for _ in range(10 * seconds):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1): break
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
             assert server.poll() is None, Path(log.name).read_text()
-            time.sleep(.1)
+            time.sleep(0.1)
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
-        try: server.wait(20)
-        except subprocess.TimeoutExpired: server.kill()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 
-def lab(folder): return serving(folder, "jupyterlab", *LAB, f"--ServerApp.root_dir={folder}")
-def voila(folder, notebook): return serving(folder, "voila", "--no-browser", str(folder / "nbs" / notebook))
+def lab(folder):
+    return serving(folder, "jupyterlab", *LAB, f"--ServerApp.root_dir={folder}")
+
+
+def voila(folder, notebook):
+    return serving(folder, "voila", "--no-browser", str(folder / "nbs" / notebook))
 
 
 @contextlib.contextmanager
 def browsing():
     "A browser that finds nothing but this machine."
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"])
+        browser = p.chromium.launch(
+            executable_path=chromium(),
+            args=[
+                "--no-sandbox",
+                "--disable-gpu",
+                "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+            ],
+        )
         yield browser
         browser.close()
 
 
 class Seen:
     "A page, what went wrong on it, and whom it asked."
+
     def __init__(self, browser, width=1280, height=1000):
         self.page = browser.new_page(viewport=dict(width=width, height=height))
         self.errors, self.asked = [], []
@@ -91,39 +173,59 @@ class Seen:
     @property
     def strangers(self) -> list:
         "Requests that leave the machine."
-        return [u for u in self.asked if not u.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:", "about:"))]
+        return [
+            u
+            for u in self.asked
+            if not u.startswith(
+                ("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:", "about:")
+            )
+        ]
 
     def open_in_lab(self, address, notebook):
         "Open a notebook alone in JupyterLab, without running it."
         self.page.goto(f"{address}/doc/tree/nbs/{notebook}?reset")
         self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-        self.page.wait_for_function("window.jupyterapp && window.jupyterapp.shell.currentWidget?.sessionContext?.isReady", timeout=60_000)
+        self.page.wait_for_function(
+            "window.jupyterapp && window.jupyterapp.shell.currentWidget?.sessionContext?.isReady",
+            timeout=60_000,
+        )
         self.page.evaluate("window.jupyterapp.shell.collapseLeft?.()")
 
     def run_all(self, timeout=180):
         "Run all cells and wait for the last."
-        self.page.evaluate("""async seconds => {
+        self.page.evaluate(
+            """async seconds => {
             const done = window.jupyterapp.commands.execute('notebook:run-all-cells');
             await Promise.race([done, new Promise((_, fail) => setTimeout(() => fail(new Error('the cells have not ended')), 1000 * seconds))]);
-        }""", timeout)
+        }""",
+            timeout,
+        )
 
     def python(self, code) -> str:
         "What `code` prints in the kernel of the notebook."
-        return self.page.evaluate("""async code => {
+        return self.page.evaluate(
+            """async code => {
             const request = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({ code, store_history: false });
             let text = "";
             request.onIOPub = m => { text += m.header.msg_type === "stream" ? m.content.text : m.header.msg_type === "error" ? m.content.traceback.join("\\n") : ""; };
             await request.done;
             return text;
-        }""", code).strip()
+        }""",
+            code,
+        ).strip()
 
     def view(self, title):
         "The dashboard below the heading `title`."
-        return self.page.locator(f"xpath=//div[contains(@class, 'jp-MarkdownCell') or contains(@class, 'jp-MarkdownOutput') or self::body][.//h2[starts-with(normalize-space(.), '{title}')]]/following::div[contains(concat(' ', @class, ' '), ' prune-nb ')][1]")
+        return self.page.locator(
+            f"xpath=//div[contains(@class, 'jp-MarkdownCell') or contains(@class, 'jp-MarkdownOutput') or self::body][.//h2[starts-with(normalize-space(.), '{title}')]]/following::div[contains(concat(' ', @class, ' '), ' prune-nb ')][1]"
+        )
 
     def theme(self, name):
         "Light or Dark."
-        self.page.evaluate("name => window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab ' + name })", name)
+        self.page.evaluate(
+            "name => window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab ' + name })",
+            name,
+        )
 
     def shot(self, path, element=None):
         "A picture of the page, or of an element."

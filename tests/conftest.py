@@ -1,73 +1,122 @@
 "Papermill in processes of its own, two at a time; a baseline that is trained once; CIFAR, where it is."
-import json, os, re, subprocess, sys
-sys.dont_write_bytecode = False   # or every process compiles all that it imports anew, which is more than half of its work
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+sys.dont_write_bytecode = (
+    False  # or every process compiles all that it imports anew, which is more than half of its work
+)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
-import nbformat, pytest, torch
+
+import nbformat
+import pytest
+import torch
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
+
 from prune_nb.core import UserError
 from prune_nb.data import read_images
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | dict(OMP_NUM_THREADS="1")
-torch.set_num_threads(1)   # as in the processes: sums in the same order
+torch.set_num_threads(1)  # as in the processes: sums in the same order
 
 
 def pytest_addoption(parser):
-    parser.addoption("--zoo", metavar="TABLE.csv", help="surgery on every network of tests/zoo.py, not only the quick ones; rows of the table that are not run stay as they are")
+    parser.addoption(
+        "--zoo",
+        metavar="TABLE.csv",
+        help="surgery on every network of tests/zoo.py, not only the quick ones; rows of the table that are not run stay as they are",
+    )
 
 
 class Executed(NamedTuple):
     "What one call of papermill came to."
+
     returncode: int
     stderr: str
-    path: Path   # the executed notebook
+    path: Path  # the executed notebook
 
     @property
-    def outputs(self) -> list: return [o for c in nbformat.read(self.path, 4).cells for o in c.get("outputs", [])]
+    def outputs(self) -> list:
+        return [o for c in nbformat.read(self.path, 4).cells for o in c.get("outputs", [])]
+
     @property
-    def runs(self) -> Path: return self.path.parent / "runs"
+    def runs(self) -> Path:
+        return self.path.parent / "runs"
+
     def run(self, prefix) -> Path:
         "The one run folder whose name begins with `prefix`."
-        folder, = self.runs.glob(f"{prefix}-*")
+        (folder,) = self.runs.glob(f"{prefix}-*")
         return folder
-    def result(self, prefix="eigendamage") -> dict: return read_json(self.run(prefix) / "result.json")
+
+    def result(self, prefix="eigendamage") -> dict:
+        return read_json(self.run(prefix) / "result.json")
 
 
-def read_json(path): return json.loads(Path(path).read_text())
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
 
 def command(folder, notebook="prune", **parameters) -> list:
     "Papermill's command line: the notebook is written into `folder`, runs into `folder/runs` unless said otherwise."
     parameters = dict(runs_dir=folder / "runs") | parameters
     given = [word for k, v in parameters.items() for word in ("-p", k, str(v))]
-    return [sys.executable, "-m", "papermill", f"nbs/{notebook}.ipynb", str(folder / "out.ipynb"), "--no-progress-bar", *given]
+    return [
+        sys.executable,
+        "-m",
+        "papermill",
+        f"nbs/{notebook}.ipynb",
+        str(folder / "out.ipynb"),
+        "--no-progress-bar",
+        *given,
+    ]
+
 
 def execute(folder, notebook="prune", environment={}, **parameters) -> Executed:
-    done = subprocess.run(command(folder, notebook, **parameters), cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True)
-    return Executed(done.returncode, re.sub(r"\x1b\[[\d;]*m", "", done.stderr), folder / "out.ipynb")
+    done = subprocess.run(
+        command(folder, notebook, **parameters),
+        cwd=ROOT,
+        env=ENVIRONMENT | environment,
+        capture_output=True,
+        text=True,
+    )
+    return Executed(
+        done.returncode, re.sub(r"\x1b\[[\d;]*m", "", done.stderr), folder / "out.ipynb"
+    )
+
 
 def guard(notebook="prune", **parameters):
     "What the first cells of a notebook do with parameters that papermill injects, in this process."
     nb = parameterize_notebook(load_notebook_node(str(ROOT / f"nbs/{notebook}.ipynb")), parameters)
     cells = [c.source for c in nb.cells if c.cell_type == "code"][:3]
     namespace = {"In": ["", *cells]}
-    for cell in cells: exec(cell, namespace)
+    for cell in cells:
+        exec(cell, namespace)
     return namespace["params"]
 
 
 @pytest.fixture(scope="session")
 def pool():
-    with ThreadPoolExecutor(2) as pool: yield pool
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
 
 @pytest.fixture(scope="session")
 def cifar_dir() -> Path:
     "The project's data folder with CIFAR-10 in it."
-    try: read_images("cifar10", ROOT / "data")
-    except UserError as e: pytest.skip(str(e))
+    try:
+        read_images("cifar10", ROOT / "data")
+    except UserError as e:
+        pytest.skip(str(e))
     return ROOT / "data"
+
 
 @pytest.fixture(scope="session")
 def early_runs(request, pool, tmp_path_factory) -> dict:
@@ -75,19 +124,30 @@ def early_runs(request, pool, tmp_path_factory) -> dict:
     asked = {f for item in request.session.items for f in item.fixturenames}
     shipped = ROOT / "runs/published/resnet20-cifar10"
     weights = dict(checkpoint=shipped) if shipped.exists() else dict(pretrain_epochs=1)
-    runs = dict(cifar_run=dict(dataset="cifar10", model="resnet20", epochs=1, train_size=1024, samples=256, **weights),
-                default_run=dict(method="eigendamage"),
-                baseline=dict(notebook="pretrain", model="lenet", epochs=4))
-    return {name: pool.submit(execute, tmp_path_factory.mktemp(name), **parameters) for name, parameters in runs.items()
-            if name in asked and (name != "cifar_run" or (ROOT / "data/cifar-10-batches-py").is_dir())}
+    runs = dict(
+        cifar_run=dict(
+            dataset="cifar10", model="resnet20", epochs=1, train_size=1024, samples=256, **weights
+        ),
+        default_run=dict(method="eigendamage"),
+        baseline=dict(notebook="pretrain", model="lenet", epochs=4),
+    )
+    return {
+        name: pool.submit(execute, tmp_path_factory.mktemp(name), **parameters)
+        for name, parameters in runs.items()
+        if name in asked and (name != "cifar_run" or (ROOT / "data/cifar-10-batches-py").is_dir())
+    }
+
 
 @pytest.fixture(scope="session")
 def default_run(early_runs) -> Executed:
     "The default command, but for the folder of the runs."
     return early_runs["default_run"].result()
 
+
 @pytest.fixture(scope="session")
-def cifar_run(cifar_dir, early_runs) -> Executed: return early_runs["cifar_run"].result()
+def cifar_run(cifar_dir, early_runs) -> Executed:
+    return early_runs["cifar_run"].result()
+
 
 @pytest.fixture(scope="session")
 def baseline(early_runs) -> Path:

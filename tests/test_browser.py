@@ -1,6 +1,10 @@
 """nbs/explore.ipynb as a person sees it: opened and run in JupyterLab, and as a page of voila, in a real browser. What is asserted is what the browser shows and what the kernel holds after a click.
-Pictures of every dashboard, at two widths and in both themes, are left in tests/screenshots for people to look at."""
-import re, shutil
+Pictures of every dashboard, at two widths and in both themes, are left in tests/screenshots for people to look at.
+"""
+
+import re
+import shutil
+
 import pytest
 from browser import Seen, browsing, lab, small_run, voila, workspace
 from conftest import ROOT, read_json
@@ -13,17 +17,21 @@ expect.set_options(timeout=30_000)
 
 @pytest.fixture(scope="module")
 def browser():
-    with browsing() as browser: yield browser
+    with browsing() as browser:
+        yield browser
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     "A project with the notebook, three real runs, and one that was damaged."
     home = workspace(tmp_path_factory.mktemp("browser") / "project", [ROOT / "nbs/explore.ipynb"])
-    for method, ratio in (("l1", .5), ("l1", .7), ("eigendamage", .5)): small_run(home, method, ratio)
+    for method, ratio in (("l1", 0.5), ("l1", 0.7), ("eigendamage", 0.5)):
+        small_run(home, method, ratio)
     shutil.copytree(home / "runs/l1-0.5", home / "runs/damaged")
     (home / "runs/damaged/result.json").write_text("{")
     (home / "runs/l1-0.5/notebook.ipynb").write_text((ROOT / "nbs/explore.ipynb").read_text())
     return home
+
 
 @pytest.fixture(scope="module")
 def seen(home, browser):
@@ -32,7 +40,10 @@ def seen(home, browser):
         seen = Seen(browser, 1280, 4600)
         seen.open_in_lab(address, "explore.ipynb")
         seen.run_all()
-        for view in VIEWS: expect(seen.view(view).locator(".cartesianlayer .trace").first).to_be_visible(timeout=60_000)
+        for view in VIEWS:
+            expect(seen.view(view).locator(".cartesianlayer .trace").first).to_be_visible(
+                timeout=60_000
+            )
         yield seen
         seen.page.close()
 
@@ -40,20 +51,29 @@ def seen(home, browser):
 @pytest.fixture(autouse=True)
 def no_new_errors(request):
     "JavaScript must not complain during any test."
-    if "seen" not in request.fixturenames: yield; return
+    if "seen" not in request.fixturenames:
+        yield
+        return
     seen = request.getfixturevalue("seen")
     before = len(seen.errors)
     yield
     assert seen.errors[before:] == []
 
+
 def test_notebook_runs_and_draws_everything(seen):
-    assert seen.python("print(layers.error, eigen.error, compare.error, runs.error)") == "None None None None"
+    assert (
+        seen.python("print(layers.error, eigen.error, compare.error, runs.error)")
+        == "None None None None"
+    )
     assert not seen.page.locator("[data-mime-type='application/vnd.jupyter.stderr']").count()
     expect(seen.view("Layers").locator(".bars path").first).to_be_visible()
     expect(seen.view("Runs").locator(".points path").first).to_be_visible()
-    for view in VIEWS:   # the figures fill their dashboards
-        box, figure = (seen.view(view).locator(s).first.bounding_box()["width"] for s in ("xpath=.", ".main-svg"))
-        assert .9 * box < figure <= box + 1, (view, box, figure)
+    for view in VIEWS:  # the figures fill their dashboards
+        box, figure = (
+            seen.view(view).locator(s).first.bounding_box()["width"]
+            for s in ("xpath=.", ".main-svg")
+        )
+        assert 0.9 * box < figure <= box + 1, (view, box, figure)
 
 
 @pytest.mark.parametrize("width", (1280, 1920))
@@ -65,16 +85,29 @@ def test_pictures(seen, width, theme):
     for view in VIEWS:
         seen.shot(PICTURES / f"{view.lower()}-{width}-{theme.lower()}.png", seen.view(view))
         assert (PICTURES / f"{view.lower()}-{width}-{theme.lower()}.png").stat().st_size > 20_000
-        assert seen.page.evaluate("e => e.scrollWidth - e.clientWidth", seen.view(view).element_handle()) <= 8   # nothing sticks out but margins
+        assert (
+            seen.page.evaluate(
+                "e => e.scrollWidth - e.clientWidth", seen.view(view).element_handle()
+            )
+            <= 8
+        )  # nothing sticks out but margins
 
 
 def test_slider_moves_the_budget(seen):
     layers = seen.view("Layers")
-    before, bars = layers.locator(".pn-tile").nth(1).inner_text(), layers.locator(".bars path").evaluate_all("b => b.map(p => p.getAttribute('d')).join()")
+    before, bars = (
+        layers.locator(".pn-tile").nth(1).inner_text(),
+        layers.locator(".bars path").evaluate_all("b => b.map(p => p.getAttribute('d')).join()"),
+    )
     layers.get_by_role("slider").first.focus()
-    for _ in range(5): seen.page.keyboard.press("ArrowRight")
+    for _ in range(5):
+        seen.page.keyboard.press("ArrowRight")
     expect(layers.locator(".pn-tile").nth(1)).to_contain_text(re.compile(r"-5(4\.9|5\.\d)%"))
-    assert layers.locator(".pn-tile").nth(1).inner_text() != before and layers.locator(".bars path").evaluate_all("b => b.map(p => p.getAttribute('d')).join()") != bars
+    assert (
+        layers.locator(".pn-tile").nth(1).inner_text() != before
+        and layers.locator(".bars path").evaluate_all("b => b.map(p => p.getAttribute('d')).join()")
+        != bars
+    )
     assert seen.python("print(layers.plan.settings['ratio'])") == "0.55"
 
 
@@ -96,8 +129,15 @@ def test_apply_cuts_and_measures(seen):
     layers = seen.view("Layers")
     layers.get_by_role("button", name="Apply").click()
     expect(layers).to_contain_text("differs from the masked original", timeout=60_000)
-    expect(layers.locator(".pn-tile", has_text="accuracy")).to_contain_text(re.compile(r"\d+\.\d% → \d+\.\d%"))
-    assert seen.python("print(sum(p.numel() for p in layers.result.model.parameters()) == layers.plan.settings['params'])") == "True"
+    expect(layers.locator(".pn-tile", has_text="accuracy")).to_contain_text(
+        re.compile(r"\d+\.\d% → \d+\.\d%")
+    )
+    assert (
+        seen.python(
+            "print(sum(p.numel() for p in layers.result.model.parameters()) == layers.plan.settings['params'])"
+        )
+        == "True"
+    )
 
 
 def test_recipe_makes_the_same_plan(seen):
@@ -105,7 +145,9 @@ def test_recipe_makes_the_same_plan(seen):
     layers.get_by_role("tab", name="Recipe").click()
     expect(layers.locator("pre").first).to_contain_text("allocate(scores, ratio=0.55")
     expect(layers.locator("pre").nth(1)).to_contain_text("papermill nbs/prune.ipynb out.ipynb")
-    assert seen.python("space = {}; exec(layers.recipe, space); print(space['plan'] == layers.plan)").endswith("True")
+    assert seen.python(
+        "space = {}; exec(layers.recipe, space); print(space['plan'] == layers.plan)"
+    ).endswith("True")
 
 
 def test_error_is_told_in_the_view(seen):
@@ -133,12 +175,18 @@ def test_compare_turns_its_pages(seen):
     expect(compare.locator(".bars path").first).to_be_visible()
 
 
-def rows(seen): return seen.view("Runs").locator(".prune-nb-table tbody tr")
+def rows(seen):
+    return seen.view("Runs").locator(".prune-nb-table tbody tr")
+
 
 def test_runs_are_filtered_and_sorted(seen, home):
     runs = seen.view("Runs")
-    assert {"l1-0.5", "l1-0.7", "eigendamage-0.5", "damaged"} < set(rows(seen).locator("td:nth-child(2)").all_inner_texts())
-    expect(rows(seen).filter(has_text="damaged")).to_contain_text("broken: result.json cannot be read")
+    assert {"l1-0.5", "l1-0.7", "eigendamage-0.5", "damaged"} < set(
+        rows(seen).locator("td:nth-child(2)").all_inner_texts()
+    )
+    expect(rows(seen).filter(has_text="damaged")).to_contain_text(
+        "broken: result.json cannot be read"
+    )
     runs.get_by_role("textbox").fill("finished ratio=0.5")
     expect(rows(seen)).to_have_count(2)
     runs.get_by_role("textbox").fill("finished method=")
@@ -146,7 +194,10 @@ def test_runs_are_filtered_and_sorted(seen, home):
     runs.get_by_role("button", name="accuracy", exact=True).focus()
     seen.page.keyboard.press("Enter")
     expect(runs.locator("th[aria-sort=descending]")).to_have_text("accuracy ▼")
-    best = sorted((read_json(f)["finetuned"]["accuracy"] for f in home.glob("runs/*-0.?/result.json")), reverse=True)
+    best = sorted(
+        (read_json(f)["finetuned"]["accuracy"] for f in home.glob("runs/*-0.?/result.json")),
+        reverse=True,
+    )
     expect(rows(seen).locator("td:nth-child(4)")).to_have_text([f"{a:.2%}" for a in best])
 
 
@@ -154,16 +205,21 @@ def test_click_opens_a_run(seen, home):
     runs = seen.view("Runs")
     rows(seen).filter(has_text="l1-0.5").click()
     expect(runs.locator("h3")).to_have_text("l1-0.5")
-    expect(runs.get_by_role("link", name="notebook.ipynb")).to_have_attribute("href", "../runs/l1-0.5/notebook.ipynb")
+    expect(runs.get_by_role("link", name="notebook.ipynb")).to_have_attribute(
+        "href", "../runs/l1-0.5/notebook.ipynb"
+    )
     accuracy = read_json(home / "runs/l1-0.5/result.json")["finetuned"]["accuracy"]
     expect(runs.locator(".widget-html table")).to_contain_text(f"{accuracy:.4g}")
-    runs.locator(".scatterlayer .trace", has=seen.page.locator(".points path")).nth(1).locator(".points path").first.click(force=True)   # the first are dense networks
+    runs.locator(".scatterlayer .trace", has=seen.page.locator(".points path")).nth(1).locator(
+        ".points path"
+    ).first.click(force=True)  # the first are dense networks
     expect(runs.locator("h3")).to_have_text("eigendamage-0.5")
 
 
 def test_ticks_lay_curves_over_each_other(seen):
     runs = seen.view("Runs")
-    for box in runs.get_by_role("checkbox", name="tick ").all()[:2]: box.check()
+    for box in runs.get_by_role("checkbox", name="tick ").all()[:2]:
+        box.check()
     expect(runs.locator(".js-plotly-plot").nth(1).locator(".legendtext")).to_have_count(2)
     seen.shot(PICTURES / "runs-opened.png", runs)
 
@@ -189,13 +245,16 @@ def test_voila_serves_the_same(home, browser):
     with voila(home, "explore.ipynb") as address:
         seen = Seen(browser, 1280, 4600)
         seen.page.goto(address, timeout=120_000)
-        for view in VIEWS: expect(seen.view(view).locator(".main-svg").first).to_be_visible(timeout=90_000)
+        for view in VIEWS:
+            expect(seen.view(view).locator(".main-svg").first).to_be_visible(timeout=90_000)
         layers = seen.view("Layers")
         layers.get_by_role("slider").first.focus()
         seen.page.keyboard.press("ArrowRight")
         expect(layers.locator(".pn-tile").nth(1)).to_contain_text("-51.")
         seen.shot(PICTURES / "voila.png")
-        fonts = [u for u in seen.strangers if "font-awesome" in u.lower() or "fontawesome" in u.lower()]   # voila's own page asks for icons, which no dashboard has
+        fonts = [
+            u for u in seen.strangers if "font-awesome" in u.lower() or "fontawesome" in u.lower()
+        ]  # voila's own page asks for icons, which no dashboard has
         assert [u for u in seen.strangers if u not in fonts] == []
         assert [e for e in seen.errors if "ERR_NAME_NOT_RESOLVED" not in e] == []
         seen.page.close()

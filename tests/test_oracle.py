@@ -1,8 +1,13 @@
 "What criteria say of units, against what happens without them, on a network that knows the digits; and nbs/oracle.ipynb."
+
 import copy
-import pandas as pd, pytest, torch
+
+import pandas as pd
+import pytest
+import torch
 import torch.nn.functional as F
 from conftest import execute, guard
+
 from prune_nb.api import prune
 from prune_nb.core import UserError
 from prune_nb.criteria.core import METHODS, score
@@ -10,8 +15,8 @@ from prune_nb.criteria.oracle import random_sets, set_oracle, set_saliency, unit
 from prune_nb.data import load_data
 from prune_nb.experiment.oracle import correlations
 from prune_nb.models import create_model
-from prune_nb.surgery.coupling import trace
-from prune_nb.surgery.plan import Factorization, Plan
+from prune_nb.surgery.plan import KeepDirections, Plan
+from prune_nb.tracing.coupling import trace
 from prune_nb.train import evaluate, fit
 
 GATES = [m for m, c in METHODS.items() if c.needs == "gates"]
@@ -22,20 +27,27 @@ def lenet():
     "(Network, all training images): it knows nine digits of ten."
     data = load_data("digits", batch_size=64)
     model = create_model("lenet", 10, 1, 8, seed=0)
-    fit(model, data.train, 10, .05)
-    assert evaluate(model, data.test)["accuracy"] > .85
+    fit(model, data.train, 10, 0.05)
+    assert evaluate(model, data.test)["accuracy"] > 0.85
     return model, data.train.plain()
 
-@pytest.fixture(scope="module")
-def scores(lenet): return score(*lenet, GATES, progress=False)
 
 @pytest.fixture(scope="module")
-def truth(lenet): return unit_oracle(*lenet, progress=False)
+def scores(lenet):
+    return score(*lenet, GATES, progress=False)
+
+
+@pytest.fixture(scope="module")
+def truth(lenet):
+    return unit_oracle(*lenet, progress=False)
 
 
 def test_oracle_is_the_loss_of_the_cut_network(lenet, truth):
     model, images = lenet
-    coupling, base = trace(model, images.images[:1] * images.scale - images.shift), evaluate(model, images)["loss"]
+    coupling, base = (
+        trace(model, images.images[:1] * images.scale - images.shift),
+        evaluate(model, images)["loss"],
+    )
     assert len(truth) == sum(g.units for g in coupling.groups) and truth.rise.notna().all()
     for r in truth.sample(6, random_state=0).itertuples():
         small = coupling.plan({r.group: [r.unit]}).apply(model)
@@ -45,15 +57,21 @@ def test_oracle_is_the_loss_of_the_cut_network(lenet, truth):
 @pytest.mark.parametrize("method", ["gate_obd", "taylor_second_order"])
 def test_second_order_predicts_what_happens_to_single_units(scores, truth, method):
     found = correlations(scores[method], truth)
-    assert found["pearson"] > .9 and found["pearson_layers"] > .85 and found["spearman"] > .8
+    assert found["pearson"] > 0.9 and found["pearson_layers"] > 0.85 and found["spearman"] > 0.8
     assert scores[method].settings["measures"] == "loss"
 
+
 def test_whole_quadratic_model_is_better_than_curvature_alone_and_than_slopes(scores, truth):
-    both, curvature, slopes = (correlations(scores[m], truth) for m in ("taylor_second_order", "gate_obd", "taylor_gate_example"))
+    both, curvature, slopes = (
+        correlations(scores[m], truth)
+        for m in ("taylor_second_order", "gate_obd", "taylor_gate_example")
+    )
     assert all(both[k] > max(curvature[k], slopes[k]) for k in both)
 
 
-@pytest.mark.parametrize("layer, side", [("fc1", "rows"), ("fc1", "cols"), ("fc2", "rows"), ("fc2", "cols")])
+@pytest.mark.parametrize(
+    "layer, side", [("fc1", "rows"), ("fc1", "cols"), ("fc2", "rows"), ("fc2", "cols")]
+)
 def test_directions_of_eigendamage_against_what_happens(lenet, layer, side):
     "Rows and columns of a linear layer in its eigenbasis, one silenced at a time. (Of convolutions, where positions are taken for independent, the correlation is about a half.)"
     model, images = lenet
@@ -61,11 +79,25 @@ def test_directions_of_eigendamage_against_what_happens(lenet, layer, side):
     l, base = scores.layers[layer], evaluate(model, images)["loss"]
     sizes, predicted = dict(rows=l.weight[0], cols=l.weight[1]), getattr(l, side)
     some = predicted.argsort(descending=True)[:24].tolist()
+
     def measured(i):
         left = {s: [j for j in range(n) if s != side or j != i] for s, n in sizes.items()}
-        plan = Plan("one direction", scores.model, {layer: Factorization(left["rows"], left["cols"], "both", l.weight, 0.)}, bases=scores.bases)
+        plan = Plan(
+            "one direction",
+            scores.model,
+            {layer: KeepDirections(left["rows"], left["cols"], "both", l.weight, 0.0)},
+            bases=scores.bases,
+        )
         return evaluate(plan.masked(model), images)["loss"] - base
-    assert torch.corrcoef(torch.stack([predicted[some].double(), torch.tensor([measured(i) for i in some]).double()]))[0, 1] > .9
+
+    assert (
+        torch.corrcoef(
+            torch.stack(
+                [predicted[some].double(), torch.tensor([measured(i) for i in some]).double()]
+            )
+        )[0, 1]
+        > 0.9
+    )
 
 
 def test_sets_of_units(lenet, scores):
@@ -73,22 +105,41 @@ def test_sets_of_units(lenet, scores):
     coupling = trace(model, next(iter(images))[0][:1])
     sets = random_sets(coupling, (1, 5), 5)
     found = set_oracle(model, images, sets, progress=False)
-    assert torch.allclose(torch.tensor(set_saliency(scores["oracle"], sets[:5])), torch.tensor(found.rise[:5].tolist()), atol=1e-6)
-    assert evaluate(coupling.plan(sets[7]).apply(model), images)["loss"] - evaluate(model, images)["loss"] == pytest.approx(found.rise[7], abs=1e-5)
+    assert torch.allclose(
+        torch.tensor(set_saliency(scores["oracle"], sets[:5])),
+        torch.tensor(found.rise[:5].tolist()),
+        atol=1e-6,
+    )
+    assert evaluate(coupling.plan(sets[7]).apply(model), images)["loss"] - evaluate(model, images)[
+        "loss"
+    ] == pytest.approx(found.rise[7], abs=1e-5)
 
 
 class Counted:
     "Batches that know how often they were gone through."
-    def __init__(self, batches): self.batches, self.times = batches, 0
+
+    def __init__(self, batches):
+        self.batches, self.times = batches, 0
+
     def __iter__(self):
         self.times += 1
         return iter(self.batches)
 
+
 def test_all_criteria_of_gates_share_one_pass(lenet):
-    model, data = copy.deepcopy(lenet[0]).double(), Counted([(x.double(), y) for x, y in list(lenet[1])[:2]])
+    model, data = (
+        copy.deepcopy(lenet[0]).double(),
+        Counted([(x.double(), y) for x, y in list(lenet[1])[:2]]),
+    )
     found = score(model, data, GATES, progress=False)
-    assert data.times == 2                                    # one for the example that is traced
-    for m in GATES: assert torch.allclose(found[m].groups["fc1"].saliency, score(model, data.batches, m, progress=False).groups["fc1"].saliency, rtol=1e-4, atol=1e-9)
+    assert data.times == 2  # one for the example that is traced
+    for m in GATES:
+        assert torch.allclose(
+            found[m].groups["fc1"].saliency,
+            score(model, data.batches, m, progress=False).groups["fc1"].saliency,
+            rtol=1e-4,
+            atol=1e-9,
+        )
 
 
 @pytest.mark.parametrize("method", GATES)
@@ -96,59 +147,107 @@ def test_examples_do_not_depend_on_batches(lenet, method):
     "Means over examples: the same in batches of 64 and of 25, but for the square of a mean."
     model, images = lenet
     x, y = (torch.cat(t)[:100] for t in zip(*images))
-    one, two = (score(model, list(zip(x.split(n), y.split(n))), method, progress=False).groups for n in (64, 25))
-    for g in one: assert torch.allclose(one[g].saliency, two[g].saliency, rtol=1e-3, atol=1e-6)
+    one, two = (
+        score(model, list(zip(x.split(n), y.split(n))), method, progress=False).groups
+        for n in (64, 25)
+    )
+    for g in one:
+        assert torch.allclose(one[g].saliency, two[g].saliency, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", GATES)
 def test_bad_losses_are_told(lenet, method):
     model, images = lenet
-    with pytest.raises(UserError, match="The loss does not depend on the network's parameters"): score(model, images, method, loss=lambda out, y: torch.ones(()), progress=False)
-    with pytest.raises(UserError, match="The loss of a batch is nan"): score(model, images, method, loss=lambda out, y: out.sum() * float("nan"), progress=False)
-    with pytest.raises(UserError, match="the data gave no batch"): score(model, [], method, progress=False)
+    with pytest.raises(UserError, match="The loss does not depend on the network's parameters"):
+        score(model, images, method, loss=lambda out, y: torch.ones(()), progress=False)
+    with pytest.raises(UserError, match="The loss of a batch is nan"):
+        score(model, images, method, loss=lambda out, y: out.sum() * float("nan"), progress=False)
+    with pytest.raises(UserError, match="the data gave no batch"):
+        score(model, [], method, progress=False)
 
 
 @pytest.mark.parametrize("method", GATES)
 def test_dead_units_and_a_dead_group_are_worth_nothing(method):
-    net, x = torch.nn.Sequential(torch.nn.Linear(3, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)), torch.randn(8, 3)
+    net, x = (
+        torch.nn.Sequential(
+            torch.nn.Linear(3, 6),
+            torch.nn.ReLU(),
+            torch.nn.Linear(6, 4),
+            torch.nn.ReLU(),
+            torch.nn.Linear(4, 2),
+        ),
+        torch.randn(8, 3),
+    )
     with torch.no_grad():
-        net[0].bias[2], net[2].bias[:] = -100, -100.            # a unit, and all units of the second group
+        net[0].bias[2], net[2].bias[:] = -100, -100.0  # a unit, and all units of the second group
     found = score(net, [(x, torch.randint(2, (8,)))], method, progress=False).groups
     assert all(found[g].saliency.abs().max() <= 1e-6 for g in ("0", "2"))
-    with torch.no_grad(): net[2].bias[:] = 1
+    with torch.no_grad():
+        net[2].bias[:] = 1
     found = score(net, [(x, torch.randint(2, (8,)))], method, progress=False).groups
     assert abs(found["0"].saliency[2]) <= 1e-6 and found["2"].saliency.abs().max() > 0
 
 
 def test_oracle_prunes(lenet, truth):
     model, images = lenet
-    result = prune(model, images, "oracle", ratio=.2, of="units", progress=False)
+    result = prune(model, images, "oracle", ratio=0.2, of="units", progress=False)
     gone = {(n, u) for n, c in result.plan.cuts.items() for u in c.removed}
-    assert gone == set(truth.nsmallest(len(gone), "rise")[["group", "unit"]].itertuples(index=False, name=None)) and result.verify() <= 1e-5
+    assert (
+        gone
+        == set(
+            truth.nsmallest(len(gone), "rise")[["group", "unit"]].itertuples(index=False, name=None)
+        )
+        and result.verify() <= 1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_attention(name):
     "Heads and streams of torchvision's transformers: all gates say what the surgery does, or are measured by it."
     import torchvision
+
     torch.manual_seed(0)
-    make = dict(vit=lambda: torchvision.models.VisionTransformer(16, 8, 1, 2, 16, 24, num_classes=5), swin=lambda: torchvision.models.SwinTransformer([4, 4], 8, [1, 1], [2, 4], [2, 2], num_classes=5))
+    make = dict(
+        vit=lambda: torchvision.models.VisionTransformer(16, 8, 1, 2, 16, 24, num_classes=5),
+        swin=lambda: torchvision.models.SwinTransformer(
+            [4, 4], 8, [1, 1], [2, 4], [2, 2], num_classes=5
+        ),
+    )
     net = make[name]().eval()
     with torch.no_grad():
-        for p in net.parameters(): p.add_(.1 * torch.randn_like(p))
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
     data = [(torch.randn(4, 3, 16, 16), torch.randint(5, (4,)))]
     table = unit_oracle(net, data, units=2, progress=False)
     net.requires_grad_(False)
     coupling, base = trace(net, data[0][0]), F.cross_entropy(net(data[0][0]), data[0][1])
     assert set(table.group) == {g.name for g in coupling.groups}
-    for r in table.itertuples(): assert float(F.cross_entropy(coupling.plan({r.group: [r.unit]}).apply(net)(data[0][0]), data[0][1]) - base) == pytest.approx(r.rise, abs=2e-4)
-    for method in ("gate_obd", "taylor_second_order", "taylor_gate_example"): assert all(g.saliency.isfinite().all() and g.saliency.abs().max() > 0 for g in score(net, data, method, progress=False).groups.values())
+    for r in table.itertuples():
+        assert float(
+            F.cross_entropy(coupling.plan({r.group: [r.unit]}).apply(net)(data[0][0]), data[0][1])
+            - base
+        ) == pytest.approx(r.rise, abs=2e-4)
+    for method in ("gate_obd", "taylor_second_order", "taylor_gate_example"):
+        assert all(
+            g.saliency.isfinite().all() and g.saliency.abs().max() > 0
+            for g in score(net, data, method, progress=False).groups.values()
+        )
 
 
 @pytest.fixture(scope="module")
 def study(baseline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("oracle")
-    return execute(folder, "oracle", model="lenet", checkpoint=baseline, samples=256, ratios="0.5", sets=5, table=folder / "table.csv"), folder / "table.csv"
+    return execute(
+        folder,
+        "oracle",
+        model="lenet",
+        checkpoint=baseline,
+        samples=256,
+        ratios="0.5",
+        sets=5,
+        table=folder / "table.csv",
+    ), folder / "table.csv"
+
 
 def test_notebook_puts_every_criterion_beside_the_truth(study):
     done, path = study
@@ -156,11 +255,14 @@ def test_notebook_puts_every_criterion_beside_the_truth(study):
     table = pd.read_csv(path).set_index("method")
     assert set(table.index) == set(METHODS)
     assert table.loc["oracle", "pearson"] == table.loc["oracle", "kendall_layers"] == 1
-    assert table.loc["taylor_second_order", "pearson"] > .9 > table.loc["random", "pearson"] + .4
+    assert table.loc["taylor_second_order", "pearson"] > 0.9 > table.loc["random", "pearson"] + 0.4
     assert table.loc[["eigendamage", "l1", "oracle"], "accuracy at macs -0.5"].notna().all()
     assert sum("application/vnd.plotly.v1+json" in o.get("data", {}) for o in done.outputs) == 4
 
+
 def test_wrong_parameters_stop_the_notebook():
     assert guard("oracle", methods="22 l1", units=4).names() == ["taylor_gate", "l1"]
-    with pytest.raises(UserError, match="Invalid method 'l7'"): guard("oracle", methods="l1 l7")
-    with pytest.raises(UserError, match="Invalid parameter 'unit'"): guard("oracle", unit=4)
+    with pytest.raises(UserError, match="Invalid method 'l7'"):
+        guard("oracle", methods="l1 l7")
+    with pytest.raises(UserError, match="Invalid parameter 'unit'"):
+        guard("oracle", unit=4)

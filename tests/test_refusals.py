@@ -1,27 +1,60 @@
 "Bad input: one sentence with the valid choices, exit status 1, nothing written but the executed notebook."
-import pytest, torch
+
+import pytest
+import torch
 from conftest import execute, guard
+
 from prune_nb.core import UserError
 from prune_nb.experiment.params import PruneParams
 from prune_nb.experiment.pruning import Experiment
 from prune_nb.models import create_model
 
-OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"), "http://127.0.0.1:9") | dict(no_proxy="", NO_PROXY="")
+OFFLINE = dict.fromkeys(
+    ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"),
+    "http://127.0.0.1:9",
+) | dict(no_proxy="", NO_PROXY="")
 
 # name: (parameters, what the sentence says); FILE is a regular file, PICKLE a whole model by torch.save, BASELINE a run folder of a LeNet, NOWHERE a folder that does not exist
 REFUSED = {
-    "unknown parameter": (dict(ratoi=.5), "Invalid parameter 'ratoi'. Did you mean 'ratio'? Valid: criteria, method, ratio, of, "),
-    "method": (dict(method="eigendamag"), "Invalid method 'eigendamag'. Did you mean 'eigendamage'? Valid: eigendamage"),
-    "model": (dict(model="resnet21"), "Invalid model 'resnet21'. Did you mean 'resnet32'? Valid: vgg16, vgg19, resnet8, resnet20, "),
-    "data set": (dict(dataset="cifar"), "Invalid dataset 'cifar'. Did you mean 'cifar10'? Valid: digits, cifar10, cifar100, tiny_imagenet, imagenet, fake."),
+    "unknown parameter": (
+        dict(ratoi=0.5),
+        "Invalid parameter 'ratoi'. Did you mean 'ratio'? Valid: criteria, method, ratio, of, ",
+    ),
+    "method": (
+        dict(method="eigendamag"),
+        "Invalid method 'eigendamag'. Did you mean 'eigendamage'? Valid: eigendamage",
+    ),
+    "model": (
+        dict(model="resnet21"),
+        "Invalid model 'resnet21'. Did you mean 'resnet32'? Valid: vgg16, vgg19, resnet8, resnet20, ",
+    ),
+    "data set": (
+        dict(dataset="cifar"),
+        "Invalid dataset 'cifar'. Did you mean 'cifar10'? Valid: digits, cifar10, cifar100, tiny_imagenet, imagenet, fake.",
+    ),
     "ratio": (dict(ratio=1), "Invalid ratio 1.0. Valid: a number in [0, 1)"),
     "checkpoint of another architecture": (dict(checkpoint="BASELINE"), "is of another network ("),
-    "pickled checkpoint": (dict(checkpoint="PICKLE"), "holds more than weights, a whole model perhaps, and is not loaded"),
-    "runs_dir below a file": (dict(model="lenet", checkpoint="BASELINE", runs_dir="FILE/runs"), "Give runs_dir=, a folder that you may write to."),
-    "runs_dir in /proc": (dict(model="lenet", pretrain_epochs=1, runs_dir="/proc/runs"), "Cannot write to runs_dir '/proc/runs'"),
-    "loss that is no number": (dict(model="lenet", checkpoint="BASELINE", lr=1e9, epochs=2, samples=128), "Lower the learning rate."),
+    "pickled checkpoint": (
+        dict(checkpoint="PICKLE"),
+        "holds more than weights, a whole model perhaps, and is not loaded",
+    ),
+    "runs_dir below a file": (
+        dict(model="lenet", checkpoint="BASELINE", runs_dir="FILE/runs"),
+        "Give runs_dir=, a folder that you may write to.",
+    ),
+    "runs_dir in /proc": (
+        dict(model="lenet", pretrain_epochs=1, runs_dir="/proc/runs"),
+        "Cannot write to runs_dir '/proc/runs'",
+    ),
+    "loss that is no number": (
+        dict(model="lenet", checkpoint="BASELINE", lr=1e9, epochs=2, samples=128),
+        "Lower the learning rate.",
+    ),
     "data set that is nowhere": (dict(dataset="cifar10", data_dir="NOWHERE"), "cifar10 is not in "),
-    "pretrain: loss that is no number": (dict(notebook="pretrain", model="lenet", lr=1e9, epochs=1), "Lower the learning rate."),
+    "pretrain: loss that is no number": (
+        dict(notebook="pretrain", model="lenet", lr=1e9, epochs=1),
+        "Lower the learning rate.",
+    ),
 }
 
 
@@ -30,62 +63,122 @@ def refusals(baseline, pool, tmp_path_factory):
     "All of `REFUSED` through papermill, two at a time."
     given = tmp_path_factory.mktemp("given")
     torch.save(create_model("resnet20", 10, 1, 8), given / "model.pt")
-    places = dict(BASELINE=str(baseline), PICKLE=str(given / "model.pt"), FILE=str(baseline / "params.json"), NOWHERE=str(given / "none"))
+    places = dict(
+        BASELINE=str(baseline),
+        PICKLE=str(given / "model.pt"),
+        FILE=str(baseline / "params.json"),
+        NOWHERE=str(given / "none"),
+    )
+
     def place(value):
-        for name, path in places.items(): value = value.replace(name, path) if isinstance(value, str) else value
+        for name, path in places.items():
+            value = value.replace(name, path) if isinstance(value, str) else value
         return value
-    start = lambda parameters: pool.submit(execute, tmp_path_factory.mktemp("refused"), environment=OFFLINE, **{k: place(v) for k, v in parameters.items()})
-    return {name: start(parameters) for name, (parameters, _) in REFUSED.items()} | dict(given=given)
+
+    start = lambda parameters: pool.submit(
+        execute,
+        tmp_path_factory.mktemp("refused"),
+        environment=OFFLINE,
+        **{k: place(v) for k, v in parameters.items()},
+    )
+    return {name: start(parameters) for name, (parameters, _) in REFUSED.items()} | dict(
+        given=given
+    )
+
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_through_papermill(refusals, name):
     done, sentence = refusals[name].result(), REFUSED[name][1]
     assert done.returncode == 1 and sentence in done.stderr
     errors = [o for o in done.outputs if o.output_type == "error"]
-    assert [(e.ename, len(e.traceback)) for e in errors] == [("UserError", 1)] and "\n" not in errors[0].evalue
+    assert [(e.ename, len(e.traceback)) for e in errors] == [
+        ("UserError", 1)
+    ] and "\n" not in errors[0].evalue
     assert [p for p in done.path.parent.rglob("*") if p.is_file()] == [done.path]
-    assert not [p for p in done.runs.glob("*")] and [p.name for p in refusals["given"].iterdir()] == ["model.pt"]
+    assert not [p for p in done.runs.glob("*")] and [
+        p.name for p in refusals["given"].iterdir()
+    ] == ["model.pt"]
 
 
-@pytest.mark.parametrize("parameters, sentence", [
-    (dict(of="flops"), "Invalid of 'flops'. Valid: units, params, macs, latency."),
-    (dict(schedule="gradually"), "Invalid schedule 'gradually'. Did you mean 'gradual'? Valid: one_shot, iterative, "),
-    (dict(rounds=3), "rounds is for the schedule iterative; this one is 'one_shot'."),
-    (dict(preset="eigendamage-vgg16-cifar10"), "Did you mean 'eigendamage-vgg19-cifar10'? Valid: "),
-    (dict(fisher="true"), "Invalid fisher 'true'. Valid: mc, exact, empirical."),
-    (dict(lr_schedule="steps"), "Did you mean 'step'? Valid: step, one_cycle, cosine."),
-    (dict(device="tpu"), "Invalid device 'tpu'. Did you mean 'cpu'? Valid: auto, cpu"),
-    (dict(ratio=-.1), "Invalid ratio -0.1. Valid: a number in [0, 1)"), (dict(ratio="half"), "Invalid ratio 'half'. Valid: a number."),
-    (dict(ratio=float("nan")), "Invalid ratio nan."), (dict(ratio=True), "Invalid ratio True. Valid: a number."),
-    (dict(epochs=-1), "Invalid epochs -1. Valid: 0 or more."), (dict(epochs=1.5), "Invalid epochs 1.5. Valid: a whole number."),
-    (dict(samples=0), "Invalid samples 0."), (dict(train_size=0), "Invalid train_size 0."), (dict(batch_size=0), "Invalid batch_size 0."),
-    (dict(lr=0), "Invalid lr 0.0. Valid: a number above 0."), (dict(lr=float("inf")), "Invalid lr inf."),
-    (dict(seed=-1), "Invalid seed -1. Valid: 0 or more."), (dict(resume="yes"), "Invalid resume 'yes'. Valid: True or False."),
-    (dict(model="vgg19"), "vgg19"), (dict(model=["resnet20"]), "Invalid model ['resnet20']. Valid: text."),
-    (dict(run_name="../elsewhere"), "Invalid run_name '../elsewhere'."), (dict(run_name=".."), "Invalid run_name '..'."),
-    (dict(notebook="pretrain", ratio=.5), "Invalid parameter 'ratio'. Valid: dataset, model, epochs, "),
-], ids=str)
+@pytest.mark.parametrize(
+    "parameters, sentence",
+    [
+        (dict(of="flops"), "Invalid of 'flops'. Valid: units, params, macs, latency."),
+        (
+            dict(schedule="gradually"),
+            "Invalid schedule 'gradually'. Did you mean 'gradual'? Valid: one_shot, iterative, ",
+        ),
+        (dict(rounds=3), "rounds is for the schedule iterative; this one is 'one_shot'."),
+        (
+            dict(preset="eigendamage-vgg16-cifar10"),
+            "Did you mean 'eigendamage-vgg19-cifar10'? Valid: ",
+        ),
+        (dict(fisher="true"), "Invalid fisher 'true'. Valid: mc, exact, empirical."),
+        (dict(lr_schedule="steps"), "Did you mean 'step'? Valid: step, one_cycle, cosine."),
+        (dict(device="tpu"), "Invalid device 'tpu'. Did you mean 'cpu'? Valid: auto, cpu"),
+        (dict(ratio=-0.1), "Invalid ratio -0.1. Valid: a number in [0, 1)"),
+        (dict(ratio="half"), "Invalid ratio 'half'. Valid: a number."),
+        (dict(ratio=float("nan")), "Invalid ratio nan."),
+        (dict(ratio=True), "Invalid ratio True. Valid: a number."),
+        (dict(epochs=-1), "Invalid epochs -1. Valid: 0 or more."),
+        (dict(epochs=1.5), "Invalid epochs 1.5. Valid: a whole number."),
+        (dict(samples=0), "Invalid samples 0."),
+        (dict(train_size=0), "Invalid train_size 0."),
+        (dict(batch_size=0), "Invalid batch_size 0."),
+        (dict(lr=0), "Invalid lr 0.0. Valid: a number above 0."),
+        (dict(lr=float("inf")), "Invalid lr inf."),
+        (dict(seed=-1), "Invalid seed -1. Valid: 0 or more."),
+        (dict(resume="yes"), "Invalid resume 'yes'. Valid: True or False."),
+        (dict(model="vgg19"), "vgg19"),
+        (dict(model=["resnet20"]), "Invalid model ['resnet20']. Valid: text."),
+        (dict(run_name="../elsewhere"), "Invalid run_name '../elsewhere'."),
+        (dict(run_name=".."), "Invalid run_name '..'."),
+        (
+            dict(notebook="pretrain", ratio=0.5),
+            "Invalid parameter 'ratio'. Valid: dataset, model, epochs, ",
+        ),
+    ],
+    ids=str,
+)
 def test_refused_by_the_guard(parameters, sentence):
-    with pytest.raises(UserError) as refusal: guard(**parameters)
+    with pytest.raises(UserError) as refusal:
+        guard(**parameters)
     assert sentence in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_guard_lets_good_input_through():
     assert guard() == PruneParams().validated()
-    assert guard(ratio=0, seed=3).ratio == 0. and guard(checkpoint="", epochs=None).epochs == 30
-    preset = guard(preset="eigendamage-vgg19-cifar10", ratio=.75)
-    assert (preset.model, preset.dataset, preset.ratio, preset.of) == ("vgg19", "cifar10", .75, "units")
+    assert guard(ratio=0, seed=3).ratio == 0.0 and guard(checkpoint="", epochs=None).epochs == 30
+    preset = guard(preset="eigendamage-vgg19-cifar10", ratio=0.75)
+    assert (preset.model, preset.dataset, preset.ratio, preset.of) == (
+        "vgg19",
+        "cifar10",
+        0.75,
+        "units",
+    )
     assert guard("pretrain", dataset="cifar10", epochs=1).epochs == 1
 
 
-@pytest.mark.parametrize("parameters, sentence", [
-    (dict(ratio=.999), "Cannot remove 99.9% of the params: 0 to 8"), (dict(train_size=5000), "Valid: 1 to 1257 for digits"), (dict(checkpoint="nowhere.safetensors"), "No file 'nowhere.safetensors'"),
-], ids=str)
+@pytest.mark.parametrize(
+    "parameters, sentence",
+    [
+        (dict(ratio=0.999), "Cannot remove 99.9% of the params: 0 to 8"),
+        (dict(train_size=5000), "Valid: 1 to 1257 for digits"),
+        (dict(checkpoint="nowhere.safetensors"), "No file 'nowhere.safetensors'"),
+    ],
+    ids=str,
+)
 def test_refused_later_leaves_no_run(baseline, tmp_path, parameters, sentence):
-    params = PruneParams(**dict(model="lenet", checkpoint=str(baseline), samples=128, runs_dir=str(tmp_path / "runs")) | parameters).validated()
+    params = PruneParams(
+        **dict(
+            model="lenet", checkpoint=str(baseline), samples=128, runs_dir=str(tmp_path / "runs")
+        )
+        | parameters
+    ).validated()
     with pytest.raises(UserError, match=sentence):
         experiment = Experiment(params)
-        experiment.baseline(); experiment.prune()
+        experiment.baseline()
+        experiment.prune()
     assert not [*tmp_path.glob("runs/*")]
 
 
@@ -93,8 +186,19 @@ def test_refusal_removes_nothing_that_was_there(baseline, tmp_path):
     "A run_name and resume that point at a folder which is no run."
     (tmp_path / "runs/mine").mkdir(parents=True)
     (tmp_path / "runs/mine/notes.txt").write_text("not to be lost")
-    params = PruneParams(model="lenet", checkpoint=str(baseline), samples=128, lr=1e9, epochs=1, runs_dir=str(tmp_path / "runs"), run_name="mine", resume=True).validated()
+    params = PruneParams(
+        model="lenet",
+        checkpoint=str(baseline),
+        samples=128,
+        lr=1e9,
+        epochs=1,
+        runs_dir=str(tmp_path / "runs"),
+        run_name="mine",
+        resume=True,
+    ).validated()
     with pytest.raises(UserError):
         experiment = Experiment(params)
-        experiment.baseline(); experiment.prune(); experiment.finetune()
+        experiment.baseline()
+        experiment.prune()
+        experiment.finetune()
     assert (tmp_path / "runs/mine/notes.txt").read_text() == "not to be lost"
