@@ -7,19 +7,23 @@ __all__ = ['Result', 'report', 'share_buffers', 'apply_plan', 'prune']
 
 # %% ../nbs/lib/10_api/01_api.ipynb #81b95544
 from dataclasses import dataclass, field
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from torch import nn
+
 from .budgets.allocation import allocate, check_budget
 from .core import UserError, untouched
-from .criteria.core import METHODS, Scores, collector_of, first_example, is_example, score
 from .costs.latency import latency_table
+from .criteria.core import METHODS, Scores, collector_of, first_example, is_example, score
 from .profile import compare
 from .recovery.refit import refit as refit_plan
 from .surgery.channels import kept
-from .tracing.coupling import trace
 from .surgery.export import export, load, save
 from .surgery.plan import Plan
 from .surgery.verify import verify
+from .tracing.coupling import trace
 from .train import refresh_bn
 
 # %% ../nbs/lib/10_api/01_api.ipynb #9368b231
@@ -181,7 +185,8 @@ def prune(
     refit: bool = False,  # whether factorised layers are fitted anew to the dense network's outputs, one after the other: `prune_nb.recovery.refit`
 ) -> Result:
     """A smaller copy of `model`, equal to it with the least salient parts silenced. `model` itself is untouched. Raises `UserError` for bad input and for
-    a budget that cannot be met, `VerificationError` if the surgery were not exact."""
+    a budget that cannot be met, `VerificationError` if the surgery were not exact.
+    """
     check_budget(ratio, of)
     _checked_data(data, method, refit)
     scores = score(

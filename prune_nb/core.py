@@ -7,12 +7,19 @@ __all__ = ['UserError', 'one_of', 'derived_seed', 'generator', 'rng_state', 'set
            'save_json', 'save_tensors', 'load_tensors', 'Progress']
 
 # %% ../nbs/lib/01_foundations/01_core.ipynb #77c459bd
-import contextlib, difflib, hashlib, json, os, sys, time
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import sys
+import time
 from pathlib import Path
+
 import torch
-from torch import nn
-from safetensors import safe_open, SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
+from torch import nn
 
 # %% ../nbs/lib/01_foundations/01_core.ipynb #257d8289
 class UserError(ValueError):

@@ -7,13 +7,18 @@ __all__ = ['DATASETS', 'FAKE', 'IMAGES', 'DataInfo', 'dataset_info', 'Files', 'r
            'middle', 'random_crop', 'FileLoader', 'Data', 'fits', 'load_data']
 
 # %% ../nbs/lib/02_data_and_models/01_data.ipynb #cd198d10
-import os, re
+import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.error import URLError
-import numpy as np, psutil, torch
+
+import numpy as np
+import psutil
+import torch
 import torch.nn.functional as F
+
 from .core import UserError, derived_seed, generator, one_of
 
 # %% ../nbs/lib/02_data_and_models/01_data.ipynb #2dcbbbf0

@@ -8,8 +8,11 @@ __all__ = ['KEPT', 'REMOVED', 'TRAIN', 'VALIDATION', 'NEUTRAL', 'SIDES', 'GROUPS
            'predicted_measured', 'coupled_cells', 'layer_order', 'coupling_map', 'compared', 'rises', 'agreements']
 
 # %% ../nbs/lib/12_dashboard/01_figures.ipynb #34aa1ce5
-import math, re
-import numpy as np, pandas as pd
+import math
+import re
+
+import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.subplots import make_subplots

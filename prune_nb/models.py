@@ -7,11 +7,18 @@ __all__ = ['VGG16', 'VGG19', 'Architecture', 'ARCHITECTURES', 'STATES', 'WRAPPED
            'DenseLayer', 'model_names', 'torchvision_names', 'initialise', 'create_model', 'read_weights']
 
 # %% ../nbs/lib/02_data_and_models/02_models.ipynb #c18482ba
-import contextlib, difflib, functools, math, numbers, pickle
+import contextlib
+import difflib
+import functools
+import math
+import numbers
+import pickle
 from collections import OrderedDict, namedtuple
 from pathlib import Path
+
 import torch
 from torch import nn
+
 from .core import UserError, load_tensors
 
 # %% ../nbs/lib/02_data_and_models/02_models.ipynb #6c418b40
@@ -296,7 +303,7 @@ def _parse(name) -> tuple:
 
 # %% ../nbs/lib/02_data_and_models/02_models.ipynb #a8f1e2d9
 def _torchvision(name, num_classes, image_size) -> nn.Module:
-    "torchvision's model `name` with random weights."
+    "Torchvision's model `name` with random weights."
     from torchvision import models
 
     options = {
@@ -385,7 +392,8 @@ def create_model(
     seed: int = None,  # draws the initial weights, apart from the global random numbers, which None uses
 ) -> nn.Module:
     """A network with random weights: N x `in_channels` x `image_size` x `image_size` images to N x `num_classes` logits.
-    Raises `UserError` for an unknown name, a bad width, or images that the network cannot take."""
+    Raises `UserError` for an unknown name, a bad width, or images that the network cannot take.
+    """
     architecture, width = _parse(name)
     for what, value in [
         ("num_classes", num_classes),

@@ -7,12 +7,18 @@ __all__ = ['call', 'to_device', 'device_of', 'count_params', 'layer_params', 'at
            'latencies_ms', 'latency_ms', 'profile', 'compare']
 
 # %% ../nbs/lib/01_foundations/02_profile.ipynb #16e81302
-import contextlib, copy, time
+import contextlib
+import copy
+import time
 from collections.abc import Mapping
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
 from .core import UserError, untouched
 
 # %% ../nbs/lib/01_foundations/02_profile.ipynb #888f9926
@@ -119,7 +125,8 @@ def _charge(model: nn.Module, counter) -> dict:
 def layer_macs(model: nn.Module, inputs) -> dict:
     """Multiply-accumulates of each layer, by name, for the whole batch `inputs`: convolutions, matrix products and attention, in evaluation mode.
     A layer is a module that holds parameters itself; what nested layers do is theirs. Operations outside every layer stand under the name "".
-    The model is copied, never touched."""
+    The model is copied, never touched.
+    """
     model = copy.deepcopy(model).eval()
     with attention_fastpath_off(), torch.no_grad(), _Counter() as counter:
         flops = _charge(model, counter)
@@ -199,7 +206,8 @@ def _kind(name, before: dict, after: dict) -> str:
 # %% ../nbs/lib/01_foundations/02_profile.ipynb #d2ddc262
 def compare(before: nn.Module, after: nn.Module, inputs) -> pd.DataFrame:
     """What each layer of `before` costs, and what stands in its place in `after`: parameters, multiply-accumulates and the shares
-    kept, with the total last. What the model itself holds or does, outside every layer, is in the row "(elsewhere)"."""
+    kept, with the total last. What the model itself holds or does, outside every layer, is in the row "(elsewhere)".
+    """
     modules = [dict(m.named_modules()) for m in (before, after)]
     costs = [
         layer_params(before),

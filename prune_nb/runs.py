@@ -8,11 +8,19 @@ __all__ = ['STAGE', 'RESULT', 'project_root', 'params_hash', 'versions', 'Run', 
            'keep_notebook']
 
 # %% ../nbs/lib/11_experiment/01_runs.ipynb #d7b4c496
-import contextlib, hashlib, json, platform, shutil, time
+import contextlib
+import hashlib
+import json
+import platform
+import shutil
+import time
 from importlib.metadata import version
 from pathlib import Path
-import pandas as pd, torch
+
+import pandas as pd
+import torch
 from filelock import FileLock, Timeout
+
 from . import __version__
 from .core import UserError, save_json, write_atomic
 

@@ -7,11 +7,14 @@ __all__ = ['SCHEDULES', 'evaluate', 'autocast_dtype', 'stepped', 'distillation',
            'fit', 'refresh_bn']
 
 # %% ../nbs/lib/02_data_and_models/03_train.ipynb #1e402dad
-import contextlib, math
+import contextlib
+import math
 from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 from .core import Progress, UserError, derived_seed, load_tensors, one_of, save_tensors
 from .profile import call, device_of, to_device
 

@@ -7,13 +7,14 @@ __all__ = ['HOW', 'OF', 'priorities', 'RemovalOrder', 'Target', 'place', 'filled
            'Allocation', 'check_budget', 'Limits', 'Budget', 'allocate']
 
 # %% ../../nbs/lib/08_budgets/03_allocation.ipynb #bf2d1b79
-import copy, itertools, math
+import copy
+import itertools
+import math
 from dataclasses import dataclass, field
+
 import numpy as np
-from ..core import UserError, one_of
+
 from .multiplier import choose
-from ..criteria.core import METHODS, Scores, find_method, finished, from_menus
-from ..criteria import methods
 from prune_nb.budgets.spaces import (
     ChannelSpace,
     DirectionSpace,
@@ -23,6 +24,9 @@ from prune_nb.budgets.spaces import (
     cuts,
     patterns,
 )
+from ..core import UserError, one_of
+from ..criteria import methods
+from ..criteria.core import METHODS, Scores, find_method, finished, from_menus
 from ..surgery.plan import Plan
 
 # %% ../../nbs/lib/08_budgets/03_allocation.ipynb #697a63ac
@@ -611,7 +615,8 @@ def allocate(
     table=None,  # of `prune_nb.costs.latency`, for milliseconds
 ) -> Plan:
     """The plan that removes least saliency for what it saves. Parameters, multiply-accumulates and milliseconds are met within 1 % of the network's total; something of every layer and group stays; a layer
-    whose cheapest form is no smaller stays as it is. Of patterns that fit the same name the last counts. Raises `UserError` with the reachable range otherwise."""
+    whose cheapest form is no smaller stays as it is. Of patterns that fit the same name the last counts. Raises `UserError` with the reachable range otherwise.
+    """
     budget = Budget(
         scores,
         how,

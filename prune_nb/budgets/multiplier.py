@@ -7,7 +7,9 @@ __all__ = ['choose']
 
 # %% ../../nbs/lib/08_budgets/01_multiplier.ipynb #788b9ce5
 import math
+
 import numpy as np
+
 from ..core import UserError, one_of
 from ..surgery.menu import Menu, pareto
 

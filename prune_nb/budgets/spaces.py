@@ -9,7 +9,9 @@ __all__ = ['most', 'allowed', 'patterns', 'by_name', 'ChannelSpace', 'cuts', 'sh
 # %% ../../nbs/lib/08_budgets/02_spaces.ipynb #641c7c12
 import math
 from fnmatch import fnmatchcase
+
 import numpy as np
+
 from ..core import UserError, one_of
 from ..criteria.core import Scores, from_menus
 from ..criteria.curvature_tucker import of_scores

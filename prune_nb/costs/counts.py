@@ -8,15 +8,18 @@ __all__ = ['SAME', 'sizes', 'operations', 'slopes', 'Costs', 'costs']
 # %% ../../nbs/lib/06_costs/01_counts.ipynb #651a752a
 import itertools
 from dataclasses import dataclass
-import numpy as np, torch
+
+import numpy as np
+import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
 from ..core import rng_state, set_rng_state
 from ..profile import attention_fastpath_off, call, device_of, to_device
 from ..surgery.channels import cut, gathered, set_sizes, without_values
-from ..tracing.coupling import Coupling, mapped
 from ..surgery.modules import rule_of
+from ..tracing.coupling import Coupling, mapped
 
 # %% ../../nbs/lib/06_costs/01_counts.ipynb #efdefe45
 SAME = {

@@ -7,16 +7,23 @@ __all__ = ['CONVS', 'POINTS', 'ROLES', 'Kind', 'kind_of', 'layer_ms', 'widths', 
            'LayerTimes', 'Latency', 'layer_sizes', 'latency_table', 'latency_report']
 
 # %% ../../nbs/lib/06_costs/02_latency.ipynb #3fb9d777
-import json, re, statistics, time
+import json
+import re
+import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from torch import nn
+
+from ..budgets.spaces import cuts
 from ..core import Progress, UserError, save_json, untouched
 from ..criteria.core import Scores
 from ..profile import call, device_of, latencies_ms, layer_macs, to_device
-from ..budgets.spaces import cuts
 from ..runs import project_root
 from ..surgery.factorize import ALL_FORMS
 from ..surgery.plan import Plan

@@ -8,10 +8,12 @@ __all__ = ['ROLES', 'READ', 'Ends', 'Passing', 'opened', 'over_activations', 'fr
 # %% ../../nbs/lib/07_criteria/08_activations.ipynb #a9042b47
 import contextlib
 from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
 from ..core import Progress, UserError, untouched
 from prune_nb.criteria.core import (
     collector,

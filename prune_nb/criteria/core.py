@@ -10,20 +10,25 @@ __all__ = ['TENSORS', 'PLAIN', 'COSTS', 'METHODS', 'COLLECTORS', 'ELSEWHERE', 'M
            'group_scores', 'layer_scores', 'finished', 'from_menus', 'score']
 
 # %% ../../nbs/lib/07_criteria/01_core.ipynb #db978907
-import importlib, json
+import importlib
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Callable, NamedTuple
-import pandas as pd, torch
+from typing import NamedTuple
+
+import pandas as pd
+import torch
 from torch import nn
+
 from ..core import UserError, load_tensors, one_of, save_tensors
 from ..costs.counts import Costs, costs
 from ..profile import count_macs, count_params
 from ..surgery.channels import Group, packed, unpacked
-from ..tracing.coupling import Coupling, trace
 from ..surgery.factorize import LayerShape
 from ..surgery.plan import signature
+from ..tracing.coupling import Coupling, trace
 
 # %% ../../nbs/lib/07_criteria/01_core.ipynb #a1954b2f
 @dataclass
@@ -547,7 +552,8 @@ def score(
     progress=True,
 ) -> Scores | dict:
     """Saliencies of all that a method can prune: directions of layers, or units of groups of channels. Of several methods a dict by name, with one pass for each kind of statistic.
-    The model is as before, also after an error."""
+    The model is as before, also after an error.
+    """
     names = [find_method(m).name for m in ([method] if isinstance(method, (str, int)) else method)]
     ignore = [ignore] if isinstance(ignore, str) else list(ignore)
     for n in ignore:

@@ -7,11 +7,14 @@ __all__ = ['all_losses', 'rank_grid', 'between', 'Whitened', 'corrected', 'Curva
 
 # %% ../../nbs/lib/07_criteria/12_curvature_tucker.ipynb #06f62d90
 from dataclasses import dataclass
-import numpy as np, torch
+
+import numpy as np
+import torch
 from torch import nn
+
 from ..core import UserError
-from .core import LayerScores, register
 from . import layers
+from .core import LayerScores, register
 from .eigendamage import EigenDamage, metric_of
 from ..curvature.eigen import Eigenbasis
 from ..surgery.factorize import FactorizedKernel, LayerShape, build, form_cost, kernel
@@ -115,7 +118,8 @@ def corrected(
 @register
 class CurvatureTucker(EigenDamage):
     """Tucker-2 by HOOI of the kernel whitened by its K-FAC factors, or low rank: all layers choose from menus of forms and ranks, by one price for their cost. The eigenvalues are those nearest to EKFAC moments (George et al., NeurIPS
-    2018, arXiv 1806.03884), measured on the first quarter of the examples. Saliencies shown are those of EigenDamage with these eigenvalues."""
+    2018, arXiv 1806.03884), measured on the first quarter of the examples. Saliencies shown are those of EigenDamage with these eigenvalues.
+    """
 
     name, menus, moments = "curvature_tucker", True, 0.25
 

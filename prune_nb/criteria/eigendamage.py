@@ -8,10 +8,12 @@ __all__ = ['rotated', 'EigenDamage', 'EigenDamageEKFAC', 'refine_kernels', 'metr
 
 # %% ../../nbs/lib/07_criteria/11_eigendamage.ipynb #23333d86
 import dataclasses
+
 import torch
 from torch import nn
-from .core import LayerScores, Scores, register
+
 from . import layers
+from .core import LayerScores, Scores, register
 from ..curvature.eigen import factored_damping
 from ..surgery.factorize import FactorizedKernel, LayerShape, form_cost, kernel
 from ..surgery.plan import KeepDirections, Plan, ReplaceKernel
@@ -63,14 +65,16 @@ class EigenDamage:
 @register
 class EigenDamageEKFAC(EigenDamage):
     r"""EigenDamage with $\tfrac12 \sum_d S_{d,ij} (W'_{d,ij})^2$, $S$ the mean square of the gradient of single examples in the eigenbasis (EKFAC: George, Laurent, Bouthillier, Ballas & Vincent, NeurIPS 2018, arXiv 1806.03884), measured in a second pass.
-    The code of EigenDamage has a place for it, and nothing that fills it."""
+    The code of EigenDamage has a place for it, and nothing that fills it.
+    """
 
     name, moments = "eigendamage_ekfac", 1.0
 
 # %% ../../nbs/lib/07_criteria/11_eigendamage.ipynb #9da3de96
 def refine_kernels(plan: Plan, scores: Scores, fit) -> Plan:
     """The plan with `fit(LayerScores, Factorization, of)` -> (form, `FactorizedKernel`, predicted rise of the loss) in the place of its layers' directions; as it was where that is None, or where what is saved besides would take
-    the plan past 1 % of its budget."""
+    the plan past 1 % of its budget.
+    """
     of = "macs" if plan.settings["of"] == "macs" else "params"
     made = {
         k: found
@@ -113,7 +117,8 @@ def metric_of(s: LayerScores) -> Metric:
 @register
 class EigenDamageSeparable(EigenDamage):
     """A convolution that EigenDamage would cut becomes pointwise, depthwise, pointwise, of the rank that costs what the chosen rows and columns cost, fitted in the norm of the curvature from several starts; where that would lose more, the rows and columns stay
-    (the depthwise-separable variant of Wang et al., ICML 2019, arXiv 1905.05934). The paper fits the kept core in the plain norm, at the lower of its two ranks; its code does not run."""
+    (the depthwise-separable variant of Wang et al., ICML 2019, arXiv 1905.05934). The paper fits the kept core in the plain norm, at the lower of its two ranks; its code does not run.
+    """
 
     name = "eigendamage_separable"
 
@@ -144,7 +149,8 @@ class EigenDamageSeparable(EigenDamage):
 @register
 class ImprovedEigenDamage(EigenDamageEKFAC):
     r"""EigenDamage from moving averages of the factors, damped, with EKFAC moments, and Tucker-2 of the kernel, in the plain norm, at the ranks that saliency chose (mhariat/DeepPruning, 2019, no paper). Its code measures the moments on the first batch
-    only, here on all; damping is in the eigenvalues that are shown, and as there in nothing else, for the moments stand in their place. What it grows back in training: `prune_nb.recovery.rounds.regrow`."""
+    only, here on all; damping is in the eigenvalues that are shown, and as there in nothing else, for the moments stand in their place. What it grows back in training: `prune_nb.recovery.rounds.regrow`.
+    """
 
     name, momentum, damping = "improved_eigendamage", 0.9, 1e-3
 

@@ -8,15 +8,18 @@ __all__ = ['PLAIN', 'MEMORY', 'Reader', 'readers_of', 'multiply_inputs', 'larges
            'over_batches', 'said_by', 'from_gates']
 
 # %% ../../nbs/lib/07_criteria/04_gates.ipynb #b0a270d0
-import contextlib, math
+import contextlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from ..core import Progress, UserError, untouched
 from .core import collector, group_scores
 from .groups import Running, count_examples, members_of, up_to

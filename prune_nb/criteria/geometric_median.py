@@ -7,8 +7,9 @@ __all__ = ['distances', 'GeometricMedian', 'GeometricMedianL1', 'GeometricMedian
 
 # %% ../../nbs/lib/07_criteria/06_geometric_median.ipynb #93d22250
 import torch
-from .core import register
+
 from . import groups
+from .core import register
 
 # %% ../../nbs/lib/07_criteria/06_geometric_median.ipynb #cb98c74f
 def distances(
@@ -50,7 +51,8 @@ class GeometricMedianCosine(GeometricMedian):
 @register
 class GeometricMedianMix:
     """Norm, then distance: the tenth of a layer's filters with the least 2-norms goes first, in the order of their norms; the others follow by the sum of their distances among themselves, from the largest norm on
-    (He et al., CVPR 2019: of 40 %, 10 % by norm and 30 % by distance)."""
+    (He et al., CVPR 2019: of 40 %, 10 % by norm and 30 % by distance).
+    """
 
     name, needs, measures, by_norm = "fpgm_mix", "weights", "size", 0.1
 

@@ -8,9 +8,11 @@ __all__ = ['SIDES', 'side_of', 'Member', 'nearest_first', 'members_of', 'unit_va
 
 # %% ../../nbs/lib/07_criteria/02_groups.ipynb #9daca846
 from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 from ..core import Progress, UserError, untouched
 from .core import collector, group_scores, reduced, reduction_of, some_examples
 from ..curvature.kfac import batch_size

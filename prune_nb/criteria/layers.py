@@ -7,9 +7,12 @@ __all__ = ['output_layer', 'options', 'averaged', 'collected', 'statistics', 'wi
            'from_kfac']
 
 # %% ../../nbs/lib/07_criteria/03_layers.ipynb #d9c0d8a7
-import dataclasses, math
+import dataclasses
+import math
+
 import torch
 from torch import nn
+
 from ..core import Progress, untouched
 from .core import collector, layer_scores
 from ..curvature.eigen import eigenbasis
@@ -104,7 +107,8 @@ def layer_basis(k: KFAC) -> tuple:
 # %% ../../nbs/lib/07_criteria/03_layers.ipynb #b0a00e85
 def moments(subject, stats: dict, momentum: float = None) -> dict:
     """Layer name -> (its eigenbases, second moments of the gradient of single examples in them, in the weight's shape): one more pass for all criteria with the same `momentum`, over the first examples, the largest share
-    that one of them asks for."""
+    that one of them asks for.
+    """
     if (key := ("moments", momentum)) not in subject.shared:
         s, bases, samples = subject, {n: layer_basis(k) for n, k in stats.items()}, subject.samples
         share = max(

@@ -8,11 +8,13 @@ __all__ = ['L1', 'L2', 'GroupL1', 'GroupL2', 'BNScale', 'LAMP', 'Random', 'magni
 
 # %% ../../nbs/lib/07_criteria/05_magnitude.ipynb #dcaac727
 import copy
+
 import torch
 from torch import nn
+
 from ..core import UserError, generator
-from .core import ELSEWHERE, register
 from . import groups
+from .core import ELSEWHERE, register
 
 # %% ../../nbs/lib/07_criteria/05_magnitude.ipynb #ef3a5f13
 @register
@@ -74,7 +76,8 @@ class BNScale:
 @register
 class LAMP:
     """Squared norm of a filter over the sum of those of the layer that are no smaller: the share that it has of what would be left if it were the next to go
-    (Lee et al., ICLR 2021, arXiv 2010.07611, for filters instead of single weights). The largest of a layer has 1."""
+    (Lee et al., ICLR 2021, arXiv 2010.07611, for filters instead of single weights). The largest of a layer has 1.
+    """
 
     name, needs, measures = "lamp", "weights", "share"
 
@@ -114,7 +117,8 @@ def magnitude_masks(
     sparsity: float,  # share of the weights that go, in [0, 1)
 ) -> dict:
     """Name of a parameter -> a bool tensor of its shape, False where it goes: the least |w| of all weights of convolutions, linear maps and embeddings (parameters of two or more dimensions) together.
-    Exactly int(sparsity x weights) go; of equal ones the first, in the order of the parameters. Raises `UserError` for weights that are not finite."""
+    Exactly int(sparsity x weights) go; of equal ones the first, in the order of the parameters. Raises `UserError` for weights that are not finite.
+    """
     if (
         isinstance(sparsity, bool)
         or not isinstance(sparsity, (int, float))

@@ -7,16 +7,17 @@ __all__ = ['methods_table']
 
 # %% ../../nbs/lib/07_criteria/14_methods.ipynb #70fdc4f0
 import pandas as pd
+
 from prune_nb.criteria import (
-    eigendamage,
-    curvature_tucker,
-    obd,
-    magnitude,
-    geometric_median,
-    taylor,
     activations,
-    redundancy_graph,
+    curvature_tucker,
+    eigendamage,
+    geometric_median,
+    magnitude,
+    obd,
     oracle,
+    redundancy_graph,
+    taylor,
 )
 from .core import COLLECTORS, METHODS
 

@@ -9,8 +9,10 @@ __all__ = ['damped', 'inverse', 'dense', 'Filters', 'within', 'from_filters', 'C
 # %% ../../nbs/lib/07_criteria/10_obd.ipynb #6d030159
 import dataclasses
 from dataclasses import dataclass
+
 import torch
 from torch import nn
+
 from ..core import UserError
 from .core import Scores, collector, group_scores, reduced, reduction_of, register
 from .groups import members_of
@@ -88,7 +90,7 @@ def within(
     matrix: torch.Tensor,  # C_out x C_out
     at: torch.Tensor,  # units x rows of one
 ) -> torch.Tensor:
-    "units x rows x rows: the part of each unit."
+    "Units x rows x rows: the part of each unit."
     return matrix[at[:, :, None], at[:, None]]
 
 # %% ../../nbs/lib/07_criteria/10_obd.ipynb #f4e2d93f
@@ -136,7 +138,8 @@ def _scores(subject, c, values, curvature) -> Scores:
 @register
 class COBD:
     r"""$\tfrac12 \sum_j w_{ij}^2 F_{ij}$: deletion by the diagonal of the Fisher, exact for every example (C-OBD of Wang et al., ICML 2019, arXiv 1905.05934, after LeCun, Denker & Solla 1989).
-    Their code leaves out the 1/2 and adds 1e-10 to F."""
+    Their code leaves out the 1/2 and adds 1e-10 to F.
+    """
 
     name, needs, measures, factors = "c_obd", "kfac_filters", "loss", ("diagonal",)
 
@@ -162,7 +165,8 @@ class KronOBD:
 class KronOBS(KronOBD):
     r"""$\tfrac12\, w_i A w_i^\top / [G^{-1}]_{ii}$, and the filters that stay take over, all at once, what they can of those that go (kron-OBS of Wang et al., ICML 2019, arXiv 1905.05934; Hassibi & Stork 1993).
     Their code has $\sum_{jk} w_{ij}^2 A_{jk}$ for the quadratic form, adds up the updates of single filters, and divides by eigenvalues that may be 1e-10. A filter without gradient is worth what the damping gives it;
-    in a layer without any, all are worth 0."""
+    in a layer without any, all are worth 0.
+    """
 
     name, damping = "kron_obs", 1e-3  # relative to the mean eigenvalue of A (x) G
 
@@ -176,7 +180,8 @@ class KronOBS(KronOBD):
 @register
 class COBS(KronOBS):
     r"""$\tfrac12 \sum_j w_{ij}^2 / ([G^{-1}]_{ii} [A^{-1}]_{jj})$: the costs of the single weights of a filter, by full A (C-OBS of Wang et al., ICML 2019, arXiv 1905.05934). Their code adds up the updates of single weights,
-    undamped; here the filters that stay take over jointly, as for `kron_obs`."""
+    undamped; here the filters that stay take over jointly, as for `kron_obs`.
+    """
 
     name = "c_obs"
 
@@ -225,7 +230,8 @@ def row_losses(
 # %% ../../nbs/lib/07_criteria/10_obd.ipynb #7f08fbec
 def compensated(plan: Plan, scores: Scores) -> Plan:
     """The plan with the update of every layer that loses filters, and with the loss that it then predicts: all filters of a layer jointly, in the quadratic model. `settings` tell besides the sum of single filters, and what deletion
-    without an update would cost."""
+    without an update would cost.
+    """
     damping, shares = scores.settings.get("damping"), {n: {} for n in plan.cuts}
     updates, deletion, removed = {}, 0.0, plan.removed
     for layer, c in scores.curvature.items():

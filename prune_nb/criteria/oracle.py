@@ -7,10 +7,12 @@ __all__ = ['Oracle', 'sampled_units', 'unit_oracle', 'random_sets', 'set_oracle'
 
 # %% ../../nbs/lib/07_criteria/13_oracle.ipynb #2202d3a8
 import math
+
 import pandas as pd
-from torch import nn
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from ..core import Progress, UserError, generator
 from .core import ScoringContext, register
 from .gates import Gate, over_batches

@@ -7,12 +7,15 @@ __all__ = ['dct', 'hashes', 'similarity', 'densest_core', 'decomposed', 'graded'
 
 # %% ../../nbs/lib/07_criteria/09_redundancy_graph.ipynb #f6315bf3
 import math
-import numpy as np, torch
+
+import numpy as np
+import torch
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
+
 from ..core import UserError
-from .core import register
 from . import activations
+from .core import register
 
 # %% ../../nbs/lib/07_criteria/09_redundancy_graph.ipynb #bde9e6a5
 def dct(n: int, k: int = 8) -> torch.Tensor:
@@ -28,7 +31,8 @@ def hashes(
     maps: torch.Tensor,  # examples x channels x places...
 ) -> torch.Tensor:
     """Examples x channels x bits. A map's bits: which of its 8 lowest frequencies along each axis are at least as large as their mean. Maps may have any number of axes, as images and sequences have, and less than 8 places;
-    what has one place, as of a linear layer, has one bit: whether it is positive or zero."""
+    what has one place, as of a linear layer, has one bit: whether it is positive or zero.
+    """
     if maps[0, 0].numel() < 2:
         return maps.flatten(2) >= 0
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))

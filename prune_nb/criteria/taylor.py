@@ -8,8 +8,9 @@ __all__ = ['first_order', 'TaylorGate', 'TaylorWeight', 'TaylorBN', 'TaylorGateE
 
 # %% ../../nbs/lib/07_criteria/07_taylor.ipynb #8ada62e5
 import torch
-from .core import register
+
 from . import gates, groups
+from .core import register
 
 # %% ../../nbs/lib/07_criteria/07_taylor.ipynb #c51ea41b
 def first_order(member) -> torch.Tensor:

@@ -10,8 +10,10 @@ __all__ = ['CONDITION', 'LARGE', 'GPU_ROWS', 'symmetric', 'eigenvalues', 'Eigenb
 # %% ../../nbs/lib/03_curvature/06_eigen.ipynb #1ab73a06
 import math
 from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
+
 from ..core import UserError, generator, one_of
 
 # %% ../../nbs/lib/03_curvature/06_eigen.ipynb #69e3e6d5
@@ -43,7 +45,8 @@ class Eigenbasis(NamedTuple):
 # %% ../../nbs/lib/03_curvature/06_eigen.ipynb #34e3e2d4
 def signed(vectors: torch.Tensor) -> torch.Tensor:
     """Columns with the sign that makes their component of largest magnitude positive, the first of those that are equal up to rounding
-    (1e-6 of it in float64, 1e-3 in float32)."""
+    (1e-6 of it in float64, 1e-3 in float32).
+    """
     size, slack = vectors.abs(), 1e-6 if vectors.dtype == torch.float64 else 1e-3
     largest = vectors.gather(
         -2, (size > (1 - slack) * size.amax(-2, keepdim=True)).int().argmax(-2, keepdim=True)
@@ -56,7 +59,8 @@ CONDITION, LARGE = 1e4, 2048
 # %% ../../nbs/lib/03_curvature/06_eigen.ipynb #f39dc720
 def well_conditioned(factor: torch.Tensor) -> bool:
     """Whether the smallest eigenvalue is proven to be above `1 / CONDITION` of the largest, for every matrix in a batch. False may also mean that the proof,
-    which puts the largest row sum in the place of the largest eigenvalue, falls short."""
+    which puts the largest row sum in the place of the largest eigenvalue, falls short.
+    """
     bound = factor.abs().sum(-1).amax(-1)[..., None] / CONDITION
     return not torch.linalg.cholesky_ex(
         factor - torch.diag_embed(bound.expand(factor.shape[:-1]))
@@ -106,7 +110,8 @@ def eigenbasis(
     where: str = "own",  # to work at, see `solver_device`
 ) -> Eigenbasis:
     """Eigendecomposition, returned in `factor`'s type and on its device, with the signs of `signed`.
-    Raises `UserError` for what is no square matrix of finite numbers."""
+    Raises `UserError` for what is no square matrix of finite numbers.
+    """
     matrix = symmetric(factor, torch.promote_types(factor.dtype, torch.float32))
     values, vectors = torch.linalg.eigh(
         symmetric(factor, working_precision(matrix, precision)).to(solver_device(factor, where))
@@ -125,7 +130,8 @@ def top_eigenbasis(
     seed: int = 0,  # of the random start
 ) -> Eigenbasis:
     """The `k` largest eigenpairs, in float64 if `factor` is, else in float32. All by `eigenbasis` where the subspace would be the whole space.
-    Raises `UserError` for `k` below 1 or above n. No eigenvalue is overestimated but by rounding."""
+    Raises `UserError` for `k` below 1 or above n. No eigenvalue is overestimated but by rounding.
+    """
     matrix = symmetric(factor, torch.promote_types(factor.dtype, torch.float32))
     n = matrix.shape[-1]
     if not 1 <= k <= n:
@@ -153,7 +159,8 @@ def factored_damping(
     damping: float,  # d of A (x) G + d I, 0 or more
 ) -> tuple[float, float]:
     """What to add to the eigenvalues of A and of G, for `eigenbasis(A, dA)` and `eigenbasis(G, dG)`:
-    dA = pi sqrt(d), dG = sqrt(d) / pi, pi = sqrt((tr A / dim A) / (tr G / dim G)). Where a trace is zero there is no ratio to keep, and pi = 1."""
+    dA = pi sqrt(d), dG = sqrt(d) / pi, pi = sqrt((tr A / dim A) / (tr G / dim G)). Where a trace is zero there is no ratio to keep, and pi = 1.
+    """
     if not damping >= 0:
         raise UserError(f"Invalid damping {damping!r}. Give a number, 0 or more.")
     mean_A, mean_G = float(A.diagonal().double().mean()), float(G.diagonal().double().mean())
@@ -235,8 +242,9 @@ def eigenbases(
     where: str = "auto",  # see `solver_device`
     group=None,  # process group that shares the work; this process alone when None
 ) -> dict:
-    """name -> `Eigenbasis`. Of the processes of `group` each decomposes its part, by `shares`, and all get all of them.
-    Raises `UserError` for bad factors, on every process, and for dampings that lack a name."""
+    """Name -> `Eigenbasis`. Of the processes of `group` each decomposes its part, by `shares`, and all get all of them.
+    Raises `UserError` for bad factors, on every process, and for dampings that lack a name.
+    """
     if isinstance(damping, dict) and (left := [name for name in factors if name not in damping]):
         raise UserError(
             f"No damping for factor {left[0]!r}. Give one for each factor, or one number for all."

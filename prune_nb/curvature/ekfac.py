@@ -8,6 +8,7 @@ __all__ = ['layer_bases', 'checked_basis', 'MomentSums', 'second_moments']
 # %% ../../nbs/lib/03_curvature/07_ekfac.ipynb #22190e90
 import torch
 from torch import nn
+
 from ..core import UserError
 from .eigen import eigenbases
 from .kernels import moment_sums
@@ -89,7 +90,8 @@ def second_moments(
     **options,  # of `sweep`: checkpoint, every, group
 ) -> Statistics:
     """Name -> mean over examples of (U^T d V)^2, entry by entry, d the gradient of the weight for one example: in the weight's shape for a channel basis V,
-    C_out x D for a full one, with one input more where the bias is in. Its sum is the trace of the layer's Fisher; in a channel basis the bias counts once for every kernel offset. Raises `UserError` as `collect` does, and where a basis does not fit its layer."""
+    C_out x D for a full one, with one input more where the bias is in. Its sum is the trace of the layer's Fisher; in a channel basis the bias counts once for every kernel offset. Raises `UserError` as `collect` does, and where a basis does not fit its layer.
+    """
     modules, _ = chosen(model, list(bases))
     sums = {name: MomentSums(m, bases[name], bias, name) for name, m in modules.items()}
     examples, _, mean = sweep(

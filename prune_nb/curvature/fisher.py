@@ -8,9 +8,11 @@ __all__ = ['FISHERS', 'is_cross_entropy', 'check_likelihood', 'tensors_in', 'scr
 
 # %% ../../nbs/lib/03_curvature/03_fisher.ipynb #7181e83b
 from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 from ..core import UserError, derived_seed, one_of
 
 # %% ../../nbs/lib/03_curvature/03_fisher.ipynb #21a43f3b
@@ -168,7 +170,8 @@ def fisher_losses(
 ) -> list:
     """Scalars L_i with sum_i g_i g_i^T (g_i: an example's gradient of L_i) = the example's Fisher.
     mc: -log p(c) / sqrt(draws) for c drawn from p;  exact: -sqrt(p(c)) log p(c), the root held constant, for every class c;  empirical: N * loss.
-    Raises `UserError` where `mc` or `exact` have no likelihood to work with."""
+    Raises `UserError` where `mc` or `exact` have no likelihood to work with.
+    """
     if one_of("fisher", fisher, FISHERS) == "empirical":
         return [
             mean_loss(outputs, targets, loss) * (len(targets) if examples is None else examples)

@@ -11,8 +11,10 @@ __all__ = ['VALUES', 'Geometry', 'padding_of', 'geometry', 'as_images', 'padded'
            'turns_last', 'tiled', 'tile_moments', 'moment_way', 'moment_sums']
 
 # %% ../../nbs/lib/03_curvature/01_kernels.ipynb #5f3eebf6
-import itertools, math
+import itertools
+import math
 from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -71,7 +73,8 @@ def as_images(
     module: nn.Module,
 ) -> torch.Tensor:
     """`x` as examples x channels x rows x columns. What a linear layer reads is a row of pixels: of an example all that lies between the first dimension
-    and the last."""
+    and the last.
+    """
     if isinstance(module, nn.Linear):
         return x.reshape(len(x) if x.ndim > 1 else 1, math.prod(x.shape[1:-1]), x.shape[-1]).mT[
             :, :, None
@@ -140,7 +143,7 @@ def gradient_gram(
     g: torch.Tensor,  # N x C_out x H x W, gradients at the output
     groups: int = 1,
 ) -> torch.Tensor:
-    "groups x C x C, C = C_out / groups: sum of g g^T over examples and positions."
+    "Groups x C x C, C = C_out / groups: sum of g g^T over examples and positions."
     if groups == 1 and g.shape[2:] == (1, 1):
         rows = g.flatten(1)
         return (rows.T @ rows)[None]
@@ -166,7 +169,7 @@ def channel_gram(
     x: torch.Tensor,  # N x C_in x H x W
     geo: Geometry,
 ) -> torch.Tensor:
-    "groups x C x C, C = C_in / groups: sum of a a^T over examples, output positions and kernel offsets, a the channels at one pixel."
+    "Groups x C x C, C = C_in / groups: sum of a a^T over examples, output positions and kernel offsets, a the channels at one pixel."
     x, geo = padded(x, geo)
     left, right, top, bottom = geo.padding
     down = reads(x.shape[2], geo.kernel[0], geo.stride[0], geo.dilation[0], top, bottom)
@@ -214,7 +217,7 @@ def patch_gram(
     geo: Geometry,
     limit: float = 32e6,  # bytes of patches held at a time, twice over
 ) -> torch.Tensor:
-    "groups x D x D: sum of a a^T over examples and output positions."
+    "Groups x D x D: sum of a a^T over examples and output positions."
     h, w = positions(x, geo)
     total = 0
     for images in chunks(x, x.shape[1] * geo.taps * h * w, limit):
@@ -264,7 +267,8 @@ def offset_sums(
     geo: Geometry,
 ) -> dict:
     """Correlations by (row pair, column pair): (None, None) of the whole images, (pair, None) and (None, pair) of two lines, (pair, pair) of two corners.
-    They add up over batches, entry by entry, whatever the size of the images. Stride and dilation must be 1."""
+    They add up over batches, entry by entry, whatever the size of the images. Stride and dilation must be 1.
+    """
     (x, geo), (kh, kw) = padded(x, geo), geo.kernel
     left, right, top, bottom = geo.padding
     whole, found = (channels_last(x),) * 2, {}
@@ -285,7 +289,7 @@ def from_offsets(
     sums: dict,  # of `offset_sums`, over any number of batches
     geo: Geometry,
 ) -> torch.Tensor:
-    "groups x D x D. A corner that a row and a column both take away is given back."
+    "Groups x D x D. A corner that a row and a column both take away is given back."
     if geo.mode != "zeros":
         geo = Geometry(geo.kernel, groups=geo.groups)
     (kh, kw), whole = geo.kernel, sums[None, None]
@@ -314,7 +318,7 @@ def pixel_gram(
     x: torch.Tensor,  # N x C_in x H x W
     geo: Geometry,
 ) -> torch.Tensor:
-    "groups x C H W x C H W, C = C_in / groups: sum over examples of the outer product of all pixels of all channels."
+    "Groups x C H W x C H W, C = C_in / groups: sum over examples of the outer product of all pixels of all channels."
     x = padded(x, geo)[0].unflatten(1, (geo.groups, -1)).flatten(2).transpose(0, 1)
     return x.mT @ x
 
@@ -324,7 +328,7 @@ def from_pixels(
     size,  # rows and columns of the images, before padding
     geo: Geometry,
 ) -> torch.Tensor:
-    "groups x D x D."
+    "Groups x D x D."
     image, geo = padded(torch.ones(1, 1, *size, dtype=torch.double), geo)
     numbered = torch.arange(1.0, image.numel() + 1, dtype=torch.double).view_as(image)
     pixel = (
@@ -383,7 +387,7 @@ def assembled(
     sums: dict,  # of `input_sums`, over any number of batches
     geo: Geometry,
 ) -> torch.Tensor:
-    "groups x D x D (full), or groups x C x C (channels only), in memory of its own."
+    "Groups x D x D (full), or groups x C x C (channels only), in memory of its own."
     sums = dict(
         sorted(sums.items(), key=lambda item: repr(item[0]))
     )  # added up in one order, whichever they came in
@@ -403,7 +407,7 @@ def patch_sum(
     x: torch.Tensor,  # N x C_in x H x W
     geo: Geometry,
 ) -> torch.Tensor:
-    "groups x D: sum of a over examples and output positions."
+    "Groups x D: sum of a over examples and output positions."
     return patches(x.sum(0, keepdim=True), geo)[0].sum(-1)
 
 # %% ../../nbs/lib/03_curvature/01_kernels.ipynb #afc1d9ea
@@ -428,7 +432,7 @@ def with_one(
     total: torch.Tensor,  # groups x D, of `patch_sum`
     count: float,  # examples times output positions
 ) -> torch.Tensor:
-    "groups x D + 1 x D + 1: the same sum with a constant 1 behind every a."
+    "Groups x D + 1 x D + 1: the same sum with a constant 1 behind every a."
     below = torch.cat([total, total.new_full((len(total), 1), count)], 1)[:, None]
     return torch.cat([torch.cat([S, total[:, :, None]], 2), below], 1)
 

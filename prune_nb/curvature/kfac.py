@@ -9,12 +9,15 @@ __all__ = ['LAYERS', 'NORMALISATIONS', 'unsupported', 'supported', 'chosen', 'ti
            'check_numbers', 'device_of', 'go_through', 'sweep', 'take_over', 'collect', 'pass_label', 'sweeps']
 
 # %% ../../nbs/lib/03_curvature/04_kfac.ipynb #5a18b099
-import contextlib, warnings
+import contextlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 from ..core import Progress, UserError, one_of, untouched
 from .fisher import FISHERS, Chances, fisher_losses, mean_loss, tensors_in
 from prune_nb.curvature.kernels import (
@@ -30,12 +33,12 @@ from prune_nb.curvature.kernels import (
 )
 from prune_nb.curvature.passes import (
     Checkpoint,
+    Place,
     all_reduced,
     digest,
     layer_bytes,
     leaves,
     part_path,
-    Place,
     remaining,
     split_layers,
     stability,
@@ -322,7 +325,7 @@ def input_rows(sums: LayerSums) -> int:
 
 # %% ../../nbs/lib/03_curvature/04_kfac.ipynb #44524247
 def input_total(sums: LayerSums) -> torch.Tensor:
-    "groups x D x D, with the constant 1 where the bias was asked for. Channels only: of all kernel offsets together."
+    "Groups x D x D, with the constant 1 where the bias was asked for. Channels only: of all kernel offsets together."
     A = assembled(
         {key[1:]: part for key, part in sums.sums.items() if key[0] == "A"}, sums.geometry
     )
@@ -409,7 +412,8 @@ def first_examples(
 # %% ../../nbs/lib/03_curvature/04_kfac.ipynb #fa7a7fc7
 def batches(data, samples: int = None):
     """`(inputs, targets, n)` of pairs `(inputs, targets)`, until `samples` examples are out; the last batch is cut to what is left.
-    Raises `UserError` for what are no pairs."""
+    Raises `UserError` for what are no pairs.
+    """
     left = float("inf") if samples is None else samples
     if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
         raise UserError(
@@ -518,7 +522,8 @@ def check_finite(
 # %% ../../nbs/lib/03_curvature/04_kfac.ipynb #b337136c
 class Statistics(dict):
     """`KFAC` by layer name. Also `examples`, the mean `loss` on the true targets, `skipped` (name: why there are no factors), the kind of `fisher`, and what
-    was `also` found."""
+    was `also` found.
+    """
 
     def __init__(self, layers, examples: int, loss: float, skipped: dict, fisher: str):
         super().__init__(layers)
@@ -613,7 +618,8 @@ def sweep(
     ),  # number of the sweep, and of how many; the file of one of several is left when it is done
 ) -> tuple[int, int, float]:
     """One pass over `data` in evaluation mode, without weight gradients, added to `sums`. Returns examples, forward passes, mean loss. The model is as before
-    afterwards."""
+    afterwards.
+    """
     one_of("fisher", fisher, FISHERS), check_numbers(samples, draws, level, every)
     device, auto, rank = (
         device_of(sums),
@@ -726,7 +732,8 @@ def collect(
 ) -> Statistics:
     """K-FAC factors of every layer in one pass over `data`, in evaluation mode. No weight gradient is computed, and the model is as before afterwards.
     Modules with parameters that have no statistics are named in a warning and left out.
-    Raises `UserError` for unknown names, data that gives nothing, a model without layers to work on, numbers that are not finite (with layer and batch)."""
+    Raises `UserError` for unknown names, data that gives nothing, a model without layers to work on, numbers that are not finite (with layer and batch).
+    """
     (
         one_of("input factor", a, ("channel", "full", "both")),
         one_of("sharing", sharing, ("expand", "reduce")),

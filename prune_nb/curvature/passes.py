@@ -7,11 +7,14 @@ __all__ = ['COUNTS', 'leaves', 'state', 'restore', 'digest', 'Place', 'part_path
            'buckets', 'together', 'layer_bytes', 'split_layers', 'rank_correlation', 'row_worth', 'stability']
 
 # %% ../../nbs/lib/03_curvature/02_passes.ipynb #bf9bf152
-import ast, hashlib
+import ast
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+
 import torch
 from torch import nn
+
 from ..core import UserError, load_tensors, save_tensors
 
 # %% ../../nbs/lib/03_curvature/02_passes.ipynb #ce25ddd2

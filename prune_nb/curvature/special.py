@@ -8,9 +8,11 @@ __all__ = ['normalised', 'ScaleShift', 'ScaleSums', 'normalisations', 'Embedding
 
 # %% ../../nbs/lib/03_curvature/05_special.ipynb #071b8dd6
 from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 from .kfac import NORMALISATIONS, ExampleSums, LayerSums, Sums, factors, rooted
 
 # %% ../../nbs/lib/03_curvature/05_special.ipynb #ffc9d8ac

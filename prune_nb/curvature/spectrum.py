@@ -9,10 +9,13 @@ __all__ = ['ZERO', 'MATRICES', 'effective_rank', 'directions', 'summary', 'spect
 
 # %% ../../nbs/lib/03_curvature/08_spectrum.ipynb #ea7cd424
 import math
-import pandas as pd, torch
+
+import pandas as pd
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from ..core import Progress, UserError, generator, one_of, untouched
 from .eigen import eigenvalues
 from .kfac import batches
@@ -44,7 +47,8 @@ def _sorted(factor):
 # %% ../../nbs/lib/03_curvature/08_spectrum.ipynb #d0976ead
 def summary(factor: torch.Tensor) -> dict:
     """What `spectrum` says of one factor: `dim`, `effective_rank`, `directions_90` and `directions_99` (per cent of the energy), `condition` (largest eigenvalue by smallest;
-    infinite where one is zero), `zero_share` (share of the eigenvalues that are at most 1e-7 of the largest; they are the zeros)."""
+    infinite where one is zero), `zero_share` (share of the eigenvalues that are at most 1e-7 of the largest; they are the zeros).
+    """
     values = _sorted(factor)
     zero = values <= ZERO * values[0]
     return dict(
@@ -67,7 +71,8 @@ def spectrum(
     statistics,  # name -> `KFAC`, as from `collect`
 ) -> pd.DataFrame:
     """A row a layer and side: `in` is the input factor (the channel one where there is one, else the full one), `out` the gradient factor.
-    The columns are those of `summary`."""
+    The columns are those of `summary`.
+    """
     return pd.DataFrame(
         [
             dict(layer=name, side=side, **summary(factor))
@@ -167,7 +172,8 @@ MATRICES = {"ggn": ggn_product, "hessian": hessian_product}
 # %% ../../nbs/lib/03_curvature/08_spectrum.ipynb #fa523fb7
 class CurvatureProduct:
     """`product(v)`: the curvature matrix of the mean loss over the data in all parameters, times `v`, in evaluation mode. The model is as before afterwards.
-    The data is read once and kept. Raises `UserError` for unknown names, data that gives nothing, a model without parameters."""
+    The data is read once and kept. Raises `UserError` for unknown names, data that gives nothing, a model without parameters.
+    """
 
     def __init__(
         self,
@@ -230,7 +236,8 @@ def lanczos(
     steps: int,
 ) -> torch.Tensor:
     """The tridiagonal matrix in float64 of at most `steps` rows, fewer where the vectors reached span an invariant subspace, with full
-    reorthogonalisation, twice. Holds `steps` vectors. Raises `UserError` where a product is not finite."""
+    reorthogonalisation, twice. Holds `steps` vectors. Raises `UserError` where a product is not finite.
+    """
     basis, diagonal, beside, slack = [v / v.norm()], [], [], 100 * torch.finfo(v.dtype).eps
     for _ in range(min(steps, len(v))):
         w = product(basis[-1])
@@ -292,7 +299,8 @@ def smoothed(
     points: int = 1000,  # of the grid
 ) -> pd.DataFrame:
     """Density on an even grid, 5 widths wider than the nodes on both sides: columns `eigenvalue`, `density`; its integral is one.
-    Raises `UserError` for a width that is not positive or a grid coarser than the width."""
+    Raises `UserError` for a width that is not positive or a grid coarser than the width.
+    """
     e, w = (
         torch.tensor(table[c].to_numpy(), dtype=torch.float64) for c in ("eigenvalue", "weight")
     )
@@ -328,7 +336,8 @@ def density(
     progress: bool = True,
 ) -> pd.DataFrame:
     """Density of the eigenvalues of the curvature matrix of the mean loss: columns `eigenvalue`, `density`; `.attrs["nodes"]` has the quadrature as lists of `nodes`' columns.
-    `steps` x `probes` products, each about four passes over the data. The model is as before afterwards."""
+    `steps` x `probes` products, each about four passes over the data. The model is as before afterwards.
+    """
     if min(steps, probes) < 1:
         raise UserError(
             f"Invalid steps {steps!r} or probes {probes!r}. Give whole numbers, 1 or more."

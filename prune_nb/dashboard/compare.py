@@ -8,17 +8,22 @@ __all__ = ['MEASURES', 'PAGES', 'Side', 'run_side', 'side', 'sides', 'widths', '
            'Compare', 'picture', 'summary', 'show', 'tell', 'measure_losses', 'load_bases']
 
 # %% ../../nbs/lib/12_dashboard/06_compare.ipynb #67e5ebe8
-import html, itertools
+import html
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
+
 import ipywidgets as W
-import numpy as np, pandas as pd, torch
+import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
+import torch
 from plotly.subplots import make_subplots
 from scipy.stats import rankdata
 from torch import nn
-from ..budgets.allocation import OF, allocate
+
 from ..api import Result
+from ..budgets.allocation import OF, allocate
 from ..core import UserError, one_of
 from ..criteria.core import Scores, load_scores
 from ..criteria.oracle import layer_oracle
@@ -37,9 +42,9 @@ from prune_nb.figures import (
 from ..models import create_model
 from ..profile import compare
 from ..runs import project_root, read_params
-from ..tracing.coupling import trace
 from ..surgery.export import load
 from ..surgery.plan import Plan, difference, load_plan, signature
+from ..tracing.coupling import trace
 
 # %% ../../nbs/lib/12_dashboard/06_compare.ipynb #08aaf0e4
 @dataclass
@@ -411,7 +416,8 @@ PAGES = ("network", "table", "agreement", "predicted and measured")
 
 class Compare(View):
     """Two networks or plans side by side. Attributes: `dense`, `sides`, `scores`, `measured` (of what was measured).
-    Raises `UserError` when there is nothing to compare."""
+    Raises `UserError` when there is nothing to compare.
+    """
 
     title = "Compare"
 

@@ -11,20 +11,24 @@ __all__ = ['SIDES', 'COUPLED', 'STAYS', 'TRACES', 'RULES', 'BY_HAND', 'WAYS', 'w
            'clear_rules', 'apply', 'recipe', 'papermill']
 
 # %% ../../nbs/lib/12_dashboard/04_layers.ipynb #8af0cad2
-import html, shlex
+import html
+import shlex
+
 import ipywidgets as W
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from torch import nn
-from ..budgets.allocation import HOW, OF, Budget, Allocation
+
 from ..api import apply_plan
+from ..budgets.allocation import HOW, OF, Allocation, Budget
 from ..core import UserError, one_of
+from ..costs.latency import latency_table
 from ..criteria.core import METHODS, Scores, collector_of, first_example, is_example, score
 from ..criteria.groups import side_of
 from .view import GRID, View, live, short, table, tiles
 from ..figures import GROUPS, KEPT, NEUTRAL, REMOVED
-from ..costs.latency import latency_table
 from ..profile import latencies_ms
 from ..tracing.coupling import trace
 from ..train import evaluate
@@ -432,7 +436,8 @@ def controls(view, ratio, of, cap) -> dict:
 # %% ../../nbs/lib/12_dashboard/04_layers.ipynb #bb787097
 class Layers(View):
     """What a budget leaves of every layer. Attributes: `plan` (of what is shown), `result` (of the last Apply), `scores`, `data`, `frozen`, `recipe`, `papermill`.
-    Raises `UserError` when the model does not run on the example."""
+    Raises `UserError` when the model does not run on the example.
+    """
 
     title = "Layers"
 
@@ -888,7 +893,7 @@ def told(self: Layers, layer: str) -> str:
             f"<b>{s}</b>: {'' if n is None else f'{n} of {self.sides.sizes[i][j]} '}cannot be cut: {say(why)}"
             for why, n in self.reasons(layer, i).items()
         ]
-    return '<div class="pn-text">' + "<br>".join(parts) + f"</div>"
+    return '<div class="pn-text">' + "<br>".join(parts) + "</div>"
 
 
 Layers.members, Layers.told = members, told

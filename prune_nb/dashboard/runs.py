@@ -8,13 +8,20 @@ __all__ = ['COLUMNS', 'SAME', 'COST', 'UNITS', 'SYMBOLS', 'DASHES', 'SHOWN', 'is
            'chosen', 'refresh', 'watch', 'stop']
 
 # %% ../../nbs/lib/12_dashboard/07_runs.ipynb #5c5ea834
-import html, json, os, threading, time
+import html
+import json
+import os
+import threading
+import time
 from pathlib import Path
-import numpy as np, pandas as pd
+
 import ipywidgets as W
+import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 from filelock import FileLock, Timeout
 from plotly.subplots import make_subplots
+
 from ..core import UserError, one_of
 from .table import Table
 from .view import View, live, refill

@@ -9,18 +9,22 @@ __all__ = ['SIDES', 'PANEL', 'SORTS', 'layer_row', 'order', 'block_means', 'pair
 
 # %% ../../nbs/lib/12_dashboard/05_spectra.ipynb #ef91230c
 from dataclasses import replace
+
 import ipywidgets as W
-import numpy as np, pandas as pd, torch
+import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
+import torch
 from plotly.subplots import make_subplots
+
 from ..budgets.allocation import OF, Budget
+from ..budgets.spaces import DirectionSpace, FormSpace, factorizations
 from ..core import UserError, one_of
 from ..criteria.core import Scores, from_menus, least_half
 from ..curvature.ekfac import second_moments
 from ..curvature.spectrum import directions, effective_rank
 from .view import View, live, short, table, tiles
 from ..figures import KEPT, NEUTRAL, REMOVED, VALIDATION
-from ..budgets.spaces import DirectionSpace, FormSpace, factorizations
 from ..surgery.factorize import cheapest_form, form_cost
 from ..surgery.menu import Entry, selection_losses
 from ..surgery.plan import Plan, ReplaceKernel

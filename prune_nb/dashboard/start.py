@@ -10,11 +10,14 @@ __all__ = ['ALIKE', 'is_ours', 'ExploreParams', 'folder_of', 'experiment', 'Open
 import dataclasses
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-import pandas as pd, torch
+
+import pandas as pd
+import torch
 from IPython.display import Markdown
 from torch import nn
-from ..budgets.allocation import OF, allocate
+
 from ..api import apply_plan
+from ..budgets.allocation import OF, allocate
 from ..core import UserError, derived_seed, generator, one_of
 from prune_nb.criteria.core import (
     METHODS,

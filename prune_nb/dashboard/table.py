@@ -6,7 +6,9 @@
 __all__ = ['LOOK', 'ROWS', 'DRAW', 'as_text', 'content', 'Table']
 
 # %% ../../nbs/lib/12_dashboard/03_table.ipynb #c46a9732
-import anywidget, pandas as pd, traitlets
+import anywidget
+import pandas as pd
+import traitlets
 
 # %% ../../nbs/lib/12_dashboard/03_table.ipynb #d1ac7e72
 LOOK = """

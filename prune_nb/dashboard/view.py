@@ -7,8 +7,12 @@ __all__ = ['INK', 'GRID', 'STYLE', 'LOAD', 'PAGE', 'PICTURES', 'Chart', 'live', 
            'load_plotly', 'static_bundle', 'View', 'say', 'guarded', 'on', 'hold', 'busy', 'save']
 
 # %% ../../nbs/lib/12_dashboard/02_view.ipynb #4a943a71
-import contextlib, functools, html, os
+import contextlib
+import functools
+import html
+import os
 from pathlib import Path
+
 import ipywidgets as W
 import pandas as pd
 import plotly.graph_objects as go
@@ -16,6 +20,7 @@ import plotly.io as pio
 import traitlets
 from IPython.display import display
 from plotly.offline import get_plotlyjs
+
 from ..core import UserError, one_of, write_atomic
 
 # %% ../../nbs/lib/12_dashboard/02_view.ipynb #d03e7316

@@ -8,8 +8,10 @@ __all__ = ['DEFAULT_THREADS', 'experiment_data', 'new_model', 'set_threads', 'pr
 # %% ../../nbs/lib/11_experiment/04_baseline.ipynb #9924b979
 import json
 from pathlib import Path
+
 import torch
 from torch import nn
+
 from ..core import derived_seed, load_tensors, save_json, save_tensors
 from ..data import Data, load_data
 from .params import PretrainParams, torch_device

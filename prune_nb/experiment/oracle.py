@@ -8,9 +8,12 @@ __all__ = ['COEFFICIENTS', 'SET_SHARES', 'OracleParams', 'all_scores', 'on_loss_
 
 # %% ../../nbs/lib/11_experiment/07_oracle.ipynb #159d79c6
 from dataclasses import dataclass
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
 from scipy import stats
 from torch import nn
+
 from ..budgets.allocation import OF, allocate
 from ..core import Progress, UserError, derived_seed, write_atomic
 from ..criteria.core import METHODS, find_method, score
@@ -21,8 +24,8 @@ from .baseline import experiment_data, new_model, set_threads
 from .params import PathParams, PruneParams, param, positive
 from .pruning import baseline_folder, given_checkpoint
 from .sweep import numbers
-from ..tracing.coupling import trace
 from ..surgery.export import load_weights
+from ..tracing.coupling import trace
 from ..train import evaluate, refresh_bn
 
 # %% ../../nbs/lib/11_experiment/07_oracle.ipynb #2078a443

@@ -8,11 +8,16 @@ __all__ = ['RECIPES', 'RUN_NAME', 'PRUNING', 'ONLY', 'STARTS', 'param', 'positiv
            'Recovery', 'Folders', 'numbers', 'check_schedule', 'complete_schedule', 'PruneParams']
 
 # %% ../../nbs/lib/11_experiment/03_params.ipynb #5a85db4b
-import ast, dataclasses, math, re
+import ast
+import dataclasses
+import math
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+
 import torch
 from torch.overrides import TorchFunctionMode
+
 from ..budgets.allocation import HOW, OF
 from ..core import UserError, one_of
 from ..criteria import methods

@@ -6,10 +6,13 @@
 __all__ = ['FIGURES', 'PRESETS_FILE', 'PRESETS', 'Preset', 'read_presets', 'find_preset', 'from_preset', 'presets_table']
 
 # %% ../../nbs/lib/11_experiment/02_presets.ipynb #5b8e85c7
-import itertools, tomllib
+import itertools
+import tomllib
 from dataclasses import dataclass, fields
 from importlib.resources import files
+
 import pandas as pd
+
 from ..core import UserError, one_of
 
 # %% ../../nbs/lib/11_experiment/02_presets.ipynb #4b7fbbb6

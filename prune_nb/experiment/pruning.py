@@ -9,24 +9,30 @@ __all__ = ['LATENCY_BATCH', 'baseline_folder', 'given_checkpoint', 'Prepared', '
            'started', 'time_both', 'outcome', 'stages_table', 'rounds_table']
 
 # %% ../../nbs/lib/11_experiment/05_pruning.ipynb #ece0d37c
-import copy, json, math
+import copy
+import json
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-import pandas as pd, torch
+
+import pandas as pd
+import torch
 from torch import nn
-from ..budgets.allocation import allocate
+
 from ..api import Result, apply_plan, report
+from ..budgets.allocation import allocate
 from ..core import UserError, derived_seed, load_tensors, write_atomic
+from ..costs.latency import latency_table
 from ..criteria.core import Scores, load_scores, save_scores, score
 from ..criteria.oracle import layer_oracle, predicted
-from ..costs.latency import latency_table
 from .baseline import experiment_data, new_model, pretrain, set_threads, shipped
 from .params import PruneParams, numbers, torch_device
 from ..models import initialise
 from ..profile import count_macs, count_params, latencies_ms
 from ..recovery.refit import refit
 from ..recovery.rounds import dense_form, plan_of_all, regrow, scores_within
+from ..recovery.schedules import PRUNERS, units_of
 from prune_nb.runs import (
     STAGE,
     discarded_on_error,
@@ -37,7 +43,6 @@ from prune_nb.runs import (
     save_result,
     timed,
 )
-from ..recovery.schedules import PRUNERS, units_of
 from ..surgery.export import load, load_weights, save
 from ..surgery.plan import Plan, ReplaceKernel, load_plan, save_plan, signature
 from ..train import evaluate, fit, training_loss

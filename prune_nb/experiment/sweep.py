@@ -6,10 +6,13 @@
 __all__ = ['SCORED', 'SweepParams', 'numbers', 'share_scores', 'run_experiment', 'row', 'sweep']
 
 # %% ../../nbs/lib/11_experiment/06_sweep.ipynb #9f1432a1
-import json, shutil
+import json
+import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
+
 import pandas as pd
+
 from ..core import Progress, UserError, write_atomic
 from ..criteria.core import METHODS
 from .params import PruneParams, param

@@ -7,11 +7,14 @@ __all__ = ['outer_layers', 'outer_matrix', 'Moments', 'products', 'nearest', 'Un
            'weighing', 'moments_of', 'solved', 'refit']
 
 # %% ../../nbs/lib/09_recovery/01_refit.ipynb #6deb00c7
-import dataclasses, math
+import dataclasses
+import math
 from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 from ..core import Progress, UserError, untouched
 from ..criteria.core import is_example
 from ..curvature.kernels import as_images, assembled, geometry, input_sums, padded, patch_sum
@@ -109,7 +112,8 @@ def nearest(
     root=None,  # of G, C_out x C_out: the square root of what errors of outputs weigh; the identity when None
 ) -> tuple:
     r"""(back, rest), C_out x rank with orthonormal columns and rank x D: their product M is the one of this rank that minimises $\mathrm{E}\|y - M z\|_G^2 + \rho \|M - M_0\|_G^2$, $\|v\|_G^2 = v^\top G v$, $M_0$ the present one.
-    The error by itself is then no larger than that of $M_0$. Raises `UserError` for a ridge that rounding outweighs."""
+    The error by itself is then no larger than that of $M_0$. Raises `UserError` for a ridge that rounding outweighs.
+    """
     R = A + ridge * A.diagonal().mean() * torch.eye(len(A)).to(A)
     L, failed = torch.linalg.cholesky_ex(R)
     if failed:
@@ -322,7 +326,8 @@ def refit(
     the layer reads once those before it are refitted. Forms and costs stay; a rank that costs nothing (outputs in the form `in`, inputs in `out`) becomes full, and
     losses predicted are those of the allocation. Where batch normalisation follows, means do not count: estimate it anew after `apply`, as `prune` does.
     Separable forms and layers whose outputs are no longer the dense network's stay, as `settings["refit"]` says. (A grouped convolution has no factors.)
-    A pass for each layer. Raises `UserError` for a plan without factorised layers and without data."""
+    A pass for each layer. Raises `UserError` for a plan without factorised layers and without data.
+    """
     _checked(plan, samples, ridge)
     data, removed = _Examples(data, samples), plan.removed
     first = next(iter(data), None)

@@ -7,9 +7,13 @@ __all__ = ['dense_form', 'span', 'within', 'layer_within', 'scores_within', 'ret
            'regrown_layers', 'regrow', 'plan_of_all']
 
 # %% ../../nbs/lib/09_recovery/03_rounds.ipynb #93ceb16c
-import copy, dataclasses
-import numpy as np, torch
+import copy
+import dataclasses
+
+import numpy as np
+import torch
 from torch import nn
+
 from ..core import UserError
 from ..criteria.core import LayerScores, Scores, from_menus
 from ..criteria.eigendamage import rotated

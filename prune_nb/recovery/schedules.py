@@ -8,10 +8,13 @@ __all__ = ['PRUNERS', 'masks', 'silence', 'over_kept', 'hook_norms', 'units_of',
            'GradualPruner', 'RegularizedPruner']
 
 # %% ../../nbs/lib/09_recovery/02_schedules.ipynb #4f708237
-import dataclasses, math
+import dataclasses
+import math
+
 import torch
 from torch import nn
 from torch.func import functional_call
+
 from ..core import UserError
 from prune_nb.criteria.core import (
     COLLECTORS,

@@ -8,11 +8,17 @@ __all__ = ['SIZES', 'INPUT', 'Group', 'packed', 'unpacked', 'Cut', 'merged', 'ch
            'silent', 'cut_optimizer']
 
 # %% ../../nbs/lib/05_surgery/01_channels.ipynb #62184d31
-import copy, hashlib, inspect, json
+import copy
+import hashlib
+import inspect
+import json
 from collections import OrderedDict
 from dataclasses import dataclass
-import numpy as np, torch
+
+import numpy as np
+import torch
 from torch import nn
+
 from ..core import UserError
 
 # %% ../../nbs/lib/05_surgery/01_channels.ipynb #44859310

@@ -6,12 +6,19 @@
 __all__ = ['WRITERS', 'load_weights', 'save', 'load', 'export']
 
 # %% ../../nbs/lib/05_surgery/12_export.ipynb #a53a1918
-import copy, hashlib, importlib.util, json, tempfile, warnings
+import copy
+import hashlib
+import importlib.util
+import json
+import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+
 import torch
 from torch import nn
 from torch.export.graph_signature import InputKind, TensorArgument
+
 from prune_nb.core import (
     UserError,
     load_tensors,
@@ -204,7 +211,8 @@ def export(
     tolerance=1e-4,  # of the difference to `model`, relative to its largest output
 ) -> float:
     """Write a file that runs without this package, for batches of any size. It is read back and compared with `model` on the example inputs, on one example more and on a single one;
-    returns the largest difference. Raises `UserError` where the network cannot be traced or written, `VerificationError` where the file differs; then nothing is written."""
+    returns the largest difference. Raises `UserError` where the network cannot be traced or written, `VerificationError` where the file differs; then nothing is written.
+    """
     path, model_name = Path(path), type(model).__name__
     writer = _writer(path)
     with (

@@ -11,8 +11,10 @@ __all__ = ['FORMS', 'ALL_FORMS', 'LayerShape', 'factor_costs', 'form_cost', 'che
 import copy
 from dataclasses import dataclass
 from typing import NamedTuple
+
 import torch
 from torch import nn
+
 from ..core import UserError, one_of
 
 # %% ../../nbs/lib/05_surgery/03_factorize.ipynb #d97f5b90

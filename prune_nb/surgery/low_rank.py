@@ -7,6 +7,7 @@ __all__ = ['low_rank']
 
 # %% ../../nbs/lib/05_surgery/06_low_rank.ipynb #78b450b6
 import torch
+
 from ..core import UserError
 from .factorize import FactorizedKernel
 from .quadratic import Metric, metric

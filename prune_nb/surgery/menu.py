@@ -8,7 +8,11 @@ __all__ = ['Entry', 'Menu', 'unbeaten', 'pareto', 'selection_losses', 'full_menu
 # %% ../../nbs/lib/05_surgery/08_menu.ipynb #f075c4cc
 from dataclasses import dataclass
 from typing import NamedTuple
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
+
 from ..core import UserError, one_of
 from .factorize import ALL_FORMS, LayerShape, form_cost
 from .tucker import pair_losses

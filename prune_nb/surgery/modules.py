@@ -9,9 +9,11 @@ __all__ = ['WHOLE', 'OWN', 'HEADS', 'FEATURES', 'features', 'parameter', 'unite_
            'recurrent', 'sizes_of_heads']
 
 # %% ../../nbs/lib/05_surgery/02_modules.ipynb #1fea1eb7
-import numpy as np, torch
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import nn
+
 from .channels import SIZES
 from ..tracing.labels import STAYS, AxisLabels
 from ..tracing.rules import WIDTHS, channel_labels
@@ -186,7 +188,7 @@ WHOLE[nn.MultiheadAttention] = WHOLE[PrunedMultiheadAttention] = attention
 
 # %% ../../nbs/lib/05_surgery/02_modules.ipynb #257e6460
 def windows(x, size, shift) -> torch.Tensor:
-    "batch x space x channels -> batch x places of windows x tokens of a window x channels, rolled by `shift`."
+    "Batch x space x channels -> batch x places of windows x tokens of a window x channels, rolled by `shift`."
     n = len(size)
     if any(shift):
         x = x.roll([-s for s in shift], list(range(1, n + 1)))
@@ -410,10 +412,30 @@ WHOLE[nn.RNN] = WHOLE[nn.LSTM] = WHOLE[nn.GRU] = recurrent
 
 # %% ../../nbs/lib/05_surgery/02_modules.ipynb #39a91bec
 HEADS = set(
-    "num_heads n_heads n_head nhead num_attention_heads num_key_value_heads num_kv_heads n_kv_heads heads head_count".split()
+    [
+        "num_heads",
+        "n_heads",
+        "n_head",
+        "nhead",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "num_kv_heads",
+        "n_kv_heads",
+        "heads",
+        "head_count",
+    ]
 )
 FEATURES = set(
-    "attention_head_size head_dim head_size dim_head dim_per_head attn_head_dim key_dim val_dim".split()
+    [
+        "attention_head_size",
+        "head_dim",
+        "head_size",
+        "dim_head",
+        "dim_per_head",
+        "attn_head_dim",
+        "key_dim",
+        "val_dim",
+    ]
 )
 
 # %% ../../nbs/lib/05_surgery/02_modules.ipynb #1d97dce2

@@ -7,14 +7,21 @@ __all__ = ['KeepDirections', 'ReplaceKernel', 'Update', 'signature', 'PlanData',
            'save_plan', 'load_plan', 'plan_table']
 
 # %% ../../nbs/lib/05_surgery/10_plan.ipynb #494d90ae
-import copy, dataclasses, hashlib, json
+import copy
+import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from torch import nn
+
 from ..core import UserError, load_tensors, one_of, save_json, save_tensors
-from . import modules  # what cut modules of some kinds become
 from ..curvature.passes import digest
+from . import modules  # what cut modules of some kinds become
 from .channels import Cut, copied, cut, kept, merged, silent
 from prune_nb.surgery.factorize import (
     ALL_FORMS,

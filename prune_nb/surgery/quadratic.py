@@ -7,7 +7,9 @@ __all__ = ['FLOOR', 'Metric', 'metric']
 
 # %% ../../nbs/lib/05_surgery/04_quadratic.ipynb #e1ad7ff2
 from dataclasses import dataclass
+
 import torch
+
 from ..core import UserError
 from ..curvature.eigen import eigenbasis
 from .factorize import FactorizedKernel

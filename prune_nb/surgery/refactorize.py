@@ -8,8 +8,10 @@ __all__ = ['leaves', 'is_factorized', 'factors_of', 'bias_of', 'unfactorize', 's
 # %% ../../nbs/lib/05_surgery/09_refactorize.ipynb #411f2177
 import functools
 from collections import OrderedDict
+
 import torch
 from torch import nn
+
 from ..core import UserError, one_of
 from prune_nb.surgery.factorize import (
     FORMS,
@@ -147,7 +149,8 @@ def simplified(
     of="params",  # what is to be least: params | macs
 ) -> nn.Module:
     """The same function in the cheapest form: neighbours multiplied together, one layer where that costs no more, never three for a 1x1 or linear layer.
-    A chain that already is the cheapest is returned as it is."""
+    A chain that already is the cheapest is returned as it is.
+    """
     one_of("cost", of, ("params", "macs"))
     chain, layer = leaves(parts), unfactorize(parts)
     if len(chain) == 1:

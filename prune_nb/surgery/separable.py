@@ -7,7 +7,9 @@ __all__ = ['CP', 'als_step', 'start_from_outputs', 'start_from_quotient', 'lost'
 
 # %% ../../nbs/lib/05_surgery/07_separable.ipynb #ad13da6a
 from typing import NamedTuple
+
 import torch
+
 from ..core import UserError, generator
 from .factorize import FactorizedKernel
 from .quadratic import Metric, metric
@@ -34,7 +36,7 @@ def _solved(H, right, old):
 
 # %% ../../nbs/lib/05_surgery/07_separable.ipynb #555f1822
 def _products(Z, Q, S):
-    "sum over i and d of Z[o, i, d] Q[i, q] S[q, d]: one matrix product, and no array larger than Q times the taps."
+    "Sum over i and d of Z[o, i, d] Q[i, q] S[q, d]: one matrix product, and no array larger than Q times the taps."
     return Z.flatten(1) @ (Q[:, None] * S.mT).flatten(0, 1)
 
 # %% ../../nbs/lib/05_surgery/07_separable.ipynb #ffc72f1a

@@ -8,7 +8,9 @@ __all__ = ['Tucker', 'inside', 'hosvd', 'pair_losses', 'strongest', 'hooi', 'ort
 
 # %% ../../nbs/lib/05_surgery/05_tucker.ipynb #4ea5e49f
 from typing import NamedTuple
+
 import torch
+
 from ..core import UserError
 from ..curvature.eigen import signed
 from .factorize import FactorizedKernel

@@ -7,8 +7,10 @@ __all__ = ['TOLERANCE', 'VerificationError', 'tensors_in', 'random_like', 'exact
 
 # %% ../../nbs/lib/05_surgery/11_verify.ipynb #a1e32218
 import contextlib
+
 import torch
 from torch import nn
+
 from ..core import generator, untouched
 from ..profile import call, device_of, to_device
 

@@ -7,12 +7,18 @@ __all__ = ['KINDS', 'TAPS', 'all_tensors', 'mapped', 'module_hooks', 'note_width
            'watched', 'run', 'trace', 'drop_unsafe_groups', 'Coupling']
 
 # %% ../../nbs/lib/04_tracing/03_coupling.ipynb #c453e7cc
-import contextlib, dataclasses, logging
+import contextlib
+import dataclasses
+import logging
 from dataclasses import dataclass
-import numpy as np, pandas as pd, torch
+
+import numpy as np
+import pandas as pd
+import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
 from ..core import UserError, one_of, rng_state, set_rng_state
 from ..profile import attention_fastpath_off, call, device_of, to_device
 from prune_nb.surgery.channels import (
@@ -25,9 +31,9 @@ from prune_nb.surgery.channels import (
     tensors_of,
     without_values,
 )
-from .labels import STAYS, AxisLabels, settle
 from ..surgery.modules import rule_of, sizes_of_heads
 from ..surgery.plan import Plan, signature
+from .labels import STAYS, AxisLabels, settle
 from .rules import FACTORS, Trace, settle_groups, settle_slices, tensors
 
 # %% ../../nbs/lib/04_tracing/03_coupling.ipynb #8255da2a
@@ -218,7 +224,8 @@ def trace(
     heads="whole",  # what goes of attention: `whole` heads, or the same `features` of all heads
 ) -> "Coupling":
     """Which channels of `model` live and die together. `model` is untouched, its parameters may be frozen and in any mode. Raises `UserError` when it does not
-    run on the inputs. What cannot be cut is in `frozen`, with the reason."""
+    run on the inputs. What cannot be cut is in `frozen`, with the reason.
+    """
     one_of("part of heads", heads, ("whole", "features"))
     found, out, kind = run(model, example_inputs, heads)
     for t in all_tensors(out):

@@ -8,6 +8,7 @@ __all__ = ['STAYS', 'AxisLabels', 'varying', 'along', 'blocks', 'Labels', 'Split
 # %% ../../nbs/lib/04_tracing/01_labels.ipynb #0d5965fb
 import math
 from dataclasses import dataclass
+
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components

@@ -10,10 +10,14 @@ __all__ = ['RULES', 'FACTORS', 'WHOLE_TENSOR', 'SIZED', 'LAYOUT', 'POINTWISE', '
            'picked', 'reduced', 'affine', 'repeated_heads', 'labels_of_features', 'settle_slices']
 
 # %% ../../nbs/lib/04_tracing/02_rules.ipynb #a69984a8
-import math, re
+import math
+import re
 from dataclasses import dataclass
-import numpy as np, torch
+
+import numpy as np
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
 from .labels import STAYS, AxisLabels, Labels, Split, along, blocks, units, varying
 
 # %% ../../nbs/lib/04_tracing/02_rules.ipynb #18ccb3e8
@@ -22,11 +26,51 @@ RULES, FACTORS = {}, "_prune_nb_factors"
 # %% ../../nbs/lib/04_tracing/02_rules.ipynb #bf851e42
 WHOLE_TENSOR = "the whole of a tensor would go"
 SIZED = set(
-    "groups split_size chunks start end length N C HxW group num_groups dim dim0 dim1 index storage_offset self_size size downscale_factor upscale_factor".split()
+    [
+        "groups",
+        "split_size",
+        "chunks",
+        "start",
+        "end",
+        "length",
+        "N",
+        "C",
+        "HxW",
+        "group",
+        "num_groups",
+        "dim",
+        "dim0",
+        "dim1",
+        "index",
+        "storage_offset",
+        "self_size",
+        "size",
+        "downscale_factor",
+        "upscale_factor",
+    ]
 )
 
 LAYOUT = set(
-    "clone contiguous _unsafe_view _reshape_alias reshape empty empty_strided zeros ones full arange scalar_tensor copy_ _to_copy detach alias lift_fresh empty_like".split()
+    [
+        "clone",
+        "contiguous",
+        "_unsafe_view",
+        "_reshape_alias",
+        "reshape",
+        "empty",
+        "empty_strided",
+        "zeros",
+        "ones",
+        "full",
+        "arange",
+        "scalar_tensor",
+        "copy_",
+        "_to_copy",
+        "detach",
+        "alias",
+        "lift_fresh",
+        "empty_like",
+    ]
 )
 
 # %% ../../nbs/lib/04_tracing/02_rules.ipynb #0e712ff1
@@ -192,7 +236,23 @@ POINTWISE = {}  # operation -> whether it goes element by element, once found ou
 
 # %% ../../nbs/lib/04_tracing/02_rules.ipynb #961f1944
 LIKE = set(
-    "add mul sub div relu gelu silu hardswish sigmoid hardsigmoid hardtanh relu6 leaky_relu elu tanh".split()
+    [
+        "add",
+        "mul",
+        "sub",
+        "div",
+        "relu",
+        "gelu",
+        "silu",
+        "hardswish",
+        "sigmoid",
+        "hardsigmoid",
+        "hardtanh",
+        "relu6",
+        "leaky_relu",
+        "elu",
+        "tanh",
+    ]
 )
 
 
@@ -308,8 +368,64 @@ def unite_over(labels: Labels, a, axes) -> np.ndarray:
 
 # %% ../../nbs/lib/04_tracing/02_rules.ipynb #5c4edd27
 ZERO_AT_ZERO = set(
-    """relu gelu silu tanh hardswish leaky_relu hardtanh elu selu celu mish relu6 neg abs sqrt square sin sinh asin atan asinh atanh erf erfinv tan expm1 log1p sign sgn trunc round floor ceil frac
-    softsign threshold dropout native_dropout clone alias detach _to_copy to contiguous lift_fresh_copy lift_fresh positive hardshrink softshrink fill_zero nan_to_num deg2rad rad2deg real logit_zero special_erf""".split()
+    [
+        "relu",
+        "gelu",
+        "silu",
+        "tanh",
+        "hardswish",
+        "leaky_relu",
+        "hardtanh",
+        "elu",
+        "selu",
+        "celu",
+        "mish",
+        "relu6",
+        "neg",
+        "abs",
+        "sqrt",
+        "square",
+        "sin",
+        "sinh",
+        "asin",
+        "atan",
+        "asinh",
+        "atanh",
+        "erf",
+        "erfinv",
+        "tan",
+        "expm1",
+        "log1p",
+        "sign",
+        "sgn",
+        "trunc",
+        "round",
+        "floor",
+        "ceil",
+        "frac",
+        "softsign",
+        "threshold",
+        "dropout",
+        "native_dropout",
+        "clone",
+        "alias",
+        "detach",
+        "_to_copy",
+        "to",
+        "contiguous",
+        "lift_fresh_copy",
+        "lift_fresh",
+        "positive",
+        "hardshrink",
+        "softshrink",
+        "fill_zero",
+        "nan_to_num",
+        "deg2rad",
+        "rad2deg",
+        "real",
+        "logit_zero",
+        "special_erf",
+    ]
 )
 
 # %% ../../nbs/lib/04_tracing/02_rules.ipynb #506f2fb0
@@ -648,7 +764,30 @@ Trace.count = count
 
 # %% ../../nbs/lib/04_tracing/02_rules.ipynb #7f2b4a04
 WIDTHS = set(
-    "hidden_dim d_model embed_dim hidden_size dim width channels num_channels embedding_dim all_head_size inner_dim attn_dim split_size attention_dim total_dim out_channels in_channels output_dim num_features dim_out out_dim expand_chs".split()
+    [
+        "hidden_dim",
+        "d_model",
+        "embed_dim",
+        "hidden_size",
+        "dim",
+        "width",
+        "channels",
+        "num_channels",
+        "embedding_dim",
+        "all_head_size",
+        "inner_dim",
+        "attn_dim",
+        "split_size",
+        "attention_dim",
+        "total_dim",
+        "out_channels",
+        "in_channels",
+        "output_dim",
+        "num_features",
+        "dim_out",
+        "out_dim",
+        "expand_chs",
+    ]
 )
 
 
@@ -1021,7 +1160,7 @@ def reduced(trace, out, t, dims, keepdim, name, sums) -> list:
     return result
 
 # %% ../../nbs/lib/04_tracing/02_rules.ipynb #8d489961
-SUMS = set("sum nansum norm linalg_vector_norm count_nonzero".split())
+SUMS = set(["sum", "nansum", "norm", "linalg_vector_norm", "count_nonzero"])
 
 # %% ../../nbs/lib/04_tracing/02_rules.ipynb #0f65f50d
 @rule(
