@@ -17,6 +17,7 @@ from typing import NamedTuple
 import nbformat
 import pytest
 import torch
+from browser import NO_BROWSER
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
@@ -34,6 +35,13 @@ def pytest_addoption(parser):
         metavar="TABLE.csv",
         help="surgery on every network of tests/zoo.py, not only the quick ones; rows of the table that are not run stay as they are",
     )
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say loudly where the dashboards were not tested for want of a browser."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if any("NO BROWSER" in str(report.longrepr) for report in skipped):
+        terminalreporter.write_line(NO_BROWSER, red=True, bold=True)
 
 
 class Executed(NamedTuple):

@@ -11,22 +11,13 @@ from dataclasses import fields
 import nbformat
 import pytest
 from conftest import ROOT
+from parameters_cells import EXPERIMENTS
 
-from prune_nb.dashboard.start import ExploreParams
-from prune_nb.experiment.oracle import OracleParams
-from prune_nb.experiment.params import PretrainParams, PruneParams, parameters_cell
-from prune_nb.experiment.sweep import SweepParams
+from prune_nb.experiment.params import PruneParams, parameters_cell
 
 NOTEBOOKS = [
     p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts
 ]
-EXPERIMENTS = dict(
-    prune=PruneParams,
-    pretrain=PretrainParams,
-    sweep=SweepParams,
-    oracle=OracleParams,
-    explore=ExploreParams,
-)
 
 
 def test_metadata_agrees():

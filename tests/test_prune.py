@@ -4,13 +4,13 @@ import html
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
 
 import nbformat
 import pytest
 import torch
+from browser import chromium
 from conftest import ENVIRONMENT, ROOT, execute, read_json
 
 from prune_nb.criteria.core import load_scores
@@ -177,7 +177,6 @@ def test_page_carries_its_figures(page):
     assert not [s for s in re.findall(r'<script[^>]*src="([^"]*)"', text) if "plotly" in s.lower()]
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
 def test_page_draws_its_figures_offline(page):
     options = [
         "--headless",
@@ -188,7 +187,7 @@ def test_page_draws_its_figures_offline(page):
         "--dump-dom",
     ]
     drawn = subprocess.run(
-        ["chromium", *options, page.as_uri()], capture_output=True, text=True, timeout=120
+        [chromium(), *options, page.as_uri()], capture_output=True, text=True, timeout=120
     ).stdout
     for title in ("spectra", "kept", "measured", "Fine-tuning"):
         assert title.lower() in html.unescape(drawn).lower()

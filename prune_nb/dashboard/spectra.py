@@ -134,23 +134,25 @@ def merged(
         made = {
             k: budget.space.fitted[k].replacement(e) for k, e in hand.items() if e.form != "dense"
         }
-        own, bases = (
+        own, bases, kernels = (
             {
                 k: ReplaceKernel(
                     hand[k].form, [hand[k].r_out, hand[k].r_in], scores.layers[k].weight, loss
                 )
                 for k, (_, loss) in made.items()
             },
+            {},
             {k: f for k, (f, _) in made.items()},
         )
     else:
-        own, bases = (
+        own, bases, kernels = (
             factorizations(
                 DirectionSpace(scores),
                 dict.fromkeys(scores.layers, ("dense", 0, 0))
                 | {k: (e.form, e.r_out, e.r_in) for k, e in hand.items()},
             ),
             scores.bases,
+            {},
         )
     layers = {k: v for k, v in plan.layers.items() if k not in hand} | own
     left = costs_left(scores, choice.kept | {k: (e.form, e.r_out, e.r_in) for k, e in hand.items()})
@@ -163,6 +165,7 @@ def merged(
         plan,
         layers={k: layers[k] for k in scores.layers if k in layers},
         bases=plan.bases | bases,
+        kernels=plan.kernels | kernels,
         settings=settings,
     )
 

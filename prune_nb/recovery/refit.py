@@ -338,7 +338,7 @@ def refit(
     with untouched(model):
         model.eval()
         small, used = plan.apply(model), called(model, plan.layers, first[0])
-        layers, bases = dict(plan.layers), dict(plan.bases)
+        layers, kernels = dict(plan.layers), dict(plan.kernels)
         left = {
             n: why
             for n in layers
@@ -347,18 +347,18 @@ def refit(
         names = [n for n in used if n not in left]
         for n in Progress(names, "refit") if progress else names:
             parts, l = small.get_submodule(n), layers[n]
-            bases[n] = solved(
+            kernels[n] = solved(
                 parts,
                 l.form,
                 *moments_of(model, small, n, l.form, used[n], data, rows_left(model, removed, n)),
                 ridge,
                 weighing(scores, n, rows_left(model, removed, n)),
             )
-            layers[n] = ReplaceKernel(l.form, list(bases[n].ranks), l.weight, l.predicted)
-            fill_factors(parts, parts[-1], bases[n])
+            layers[n] = ReplaceKernel(l.form, list(kernels[n].ranks), l.weight, l.predicted)
+            fill_factors(parts, parts[-1], kernels[n])
     return dataclasses.replace(
         plan,
         layers=layers,
-        bases=bases,
+        kernels=kernels,
         settings=plan.settings | dict(refit=dict(ridge=ridge, left=left)),
     )

@@ -219,7 +219,7 @@ def regrown_layers(
     share: float,
 ) -> tuple:
     "(`small` with more directions in its factorised layers, the plan for it)."
-    wide, layers, bases = copy.deepcopy(small), dict(plan.layers), dict(plan.bases)
+    wide, layers, kernels = copy.deepcopy(small), dict(plan.layers), dict(plan.kernels)
     for name, l in plan.layers.items():
         parts = small.get_submodule(name)
         if (found := widened(parts, scores.layers[name], share)) is None:
@@ -227,11 +227,11 @@ def regrown_layers(
         form, factors = found
         parent, _, child = name.rpartition(".")
         setattr(wide.get_submodule(parent), child, build(unfactorize(parts), factors, form))
-        layers[name], bases[name] = (
+        layers[name], kernels[name] = (
             ReplaceKernel(form, list(factors.ranks), l.weight, l.predicted),
             factors,
         )
-    return wide, dataclasses.replace(plan, layers=layers, bases=bases)
+    return wide, dataclasses.replace(plan, layers=layers, kernels=kernels)
 
 # %% ../../nbs/lib/09_recovery/03_rounds.ipynb #9507c5bf
 def regrow(

@@ -30,7 +30,7 @@ from prune_nb.core import (
 )
 from ..models import read_weights
 from ..profile import attention_fastpath_off
-from .plan import Plan, load_plan
+from .plan import OLD_FORMAT, Plan, load_plan
 from .verify import VerificationError, max_relative_difference, tensors_in
 
 # %% ../../nbs/lib/05_surgery/12_export.ipynb #c8268d4e
@@ -70,6 +70,12 @@ def load_weights(model: nn.Module, path) -> nn.Module:
 
 # %% ../../nbs/lib/05_surgery/12_export.ipynb #89e3c5eb
 def _digest(plan: dict) -> str:
+    "Return the digest of a plan as JSON in its first format, so that weights that version 0.1.0 saved still match."
+    layers = {
+        name: {k: v for k, v in layer.items() if k != "type"}
+        for name, layer in plan.get("layers", {}).items()
+    }
+    plan = plan | dict(format=OLD_FORMAT, layers=layers)
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 # %% ../../nbs/lib/05_surgery/12_export.ipynb #3a104bae
