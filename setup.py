@@ -12,7 +12,8 @@ setup(
     version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"].split(),
     author=cfg["author"], author_email=cfg["author_email"], license="Apache-2.0",
     install_requires=cfg["requirements"].split(), extras_require=extras | {"dev": [*cfg["dev_requirements"].split(), *sum(extras.values(), [])]},
-    packages=find_packages(include=["prune_nb*"]), package_data={"prune_nb": ["presets.toml"]},
+    packages=[*find_packages(include=["prune_nb*"]), "prune_nb.presets"],
+    package_dir={"prune_nb.presets": "presets"}, package_data={"prune_nb.presets": ["*.toml"]},
     long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     entry_points={"nbdev": [f"{cfg['lib_name']} = {cfg['lib_path']}._modidx:d"]},
 )
