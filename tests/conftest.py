@@ -1,14 +1,17 @@
-"Papermill in processes of its own, two at a time; a baseline that is trained once; CIFAR, where it is."
+"""Run papermill in processes of its own, two at a time; train a baseline once; find CIFAR.
 
+Python must write bytecode: else every process compiles all that it imports again, which is more
+than half of its work.
+"""
+
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 
-sys.dont_write_bytecode = (
-    False  # or every process compiles all that it imports anew, which is more than half of its work
-)
+sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +36,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--zoo",
         metavar="TABLE.csv",
-        help="surgery on every network of tests/zoo.py, not only the quick ones; rows of the table that are not run stay as they are",
+        help="run surgery on every network of tests/zoo.py, not only the quick ones, and write the "
+        "rows of those that ran into this table",
     )
 
 
@@ -45,7 +49,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 class Executed(NamedTuple):
-    "What one call of papermill came to."
+    """Hold what one call of papermill came to."""
 
     returncode: int
     stderr: str
@@ -53,14 +57,15 @@ class Executed(NamedTuple):
 
     @property
     def outputs(self) -> list:
-        return [o for c in nbformat.read(self.path, 4).cells for o in c.get("outputs", [])]
+        cells = nbformat.read(self.path, 4).cells
+        return list(itertools.chain.from_iterable(c.get("outputs", []) for c in cells))
 
     @property
     def runs(self) -> Path:
         return self.path.parent / "runs"
 
     def run(self, prefix) -> Path:
-        "The one run folder whose name begins with `prefix`."
+        """Return the one run folder whose name begins with `prefix`."""
         (folder,) = self.runs.glob(f"{prefix}-*")
         return folder
 
@@ -73,35 +78,33 @@ def read_json(path):
 
 
 def command(folder, notebook="prune", **parameters) -> list:
-    "Papermill's command line: the notebook is written into `folder`, runs into `folder/runs` unless said otherwise."
+    """Return papermill's command line.
+
+    The notebook is written into `folder`, runs into `folder/runs` unless said otherwise.
+    """
+    line = [sys.executable, "-m", "papermill", f"nbs/{notebook}.ipynb", str(folder / "out.ipynb")]
+    line.append("--no-progress-bar")
     parameters = dict(runs_dir=folder / "runs") | parameters
-    given = [word for k, v in parameters.items() for word in ("-p", k, str(v))]
-    return [
-        sys.executable,
-        "-m",
-        "papermill",
-        f"nbs/{notebook}.ipynb",
-        str(folder / "out.ipynb"),
-        "--no-progress-bar",
-        *given,
-    ]
+    for name, value in parameters.items():
+        line += ["-p", name, str(value)]
+    return line
 
 
-def execute(folder, notebook="prune", environment={}, **parameters) -> Executed:
+def execute(folder, notebook="prune", environment=None, **parameters) -> Executed:
+    """Run a notebook by papermill in a process of its own."""
     done = subprocess.run(
         command(folder, notebook, **parameters),
         cwd=ROOT,
-        env=ENVIRONMENT | environment,
+        env=ENVIRONMENT | (environment or {}),
         capture_output=True,
         text=True,
     )
-    return Executed(
-        done.returncode, re.sub(r"\x1b\[[\d;]*m", "", done.stderr), folder / "out.ipynb"
-    )
+    plain = re.sub(r"\x1b\[[\d;]*m", "", done.stderr)
+    return Executed(done.returncode, plain, folder / "out.ipynb")
 
 
 def guard(notebook="prune", **parameters):
-    "What the first cells of a notebook do with parameters that papermill injects, in this process."
+    """Run the first cells of a notebook here, with parameters as papermill injects them."""
     nb = parameterize_notebook(load_notebook_node(str(ROOT / f"nbs/{notebook}.ipynb")), parameters)
     cells = [c.source for c in nb.cells if c.cell_type == "code"][:3]
     namespace = {"In": ["", *cells]}
@@ -118,7 +121,7 @@ def pool():
 
 @pytest.fixture(scope="session")
 def cifar_dir() -> Path:
-    "The project's data folder with CIFAR-10 in it."
+    """Return the project's data folder with CIFAR-10 in it."""
     try:
         read_images("cifar10", ROOT / "data")
     except UserError as e:
@@ -128,27 +131,26 @@ def cifar_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def early_runs(request, pool, tmp_path_factory) -> dict:
-    "What many tests wait for, or long: started before the first of them. Only what a selected test asks for."
-    asked = {f for item in request.session.items for f in item.fixturenames}
+    """Start what many tests wait for before the first of them, if a selected test asks for it."""
+    asked = set()
+    for item in request.session.items:
+        asked.update(item.fixturenames)
     shipped = ROOT / "runs/published/resnet20-cifar10"
-    weights = dict(checkpoint=shipped) if shipped.exists() else dict(pretrain_epochs=1)
-    runs = dict(
-        cifar_run=dict(
-            dataset="cifar10", model="resnet20", epochs=1, train_size=1024, samples=256, **weights
-        ),
-        default_run=dict(method="eigendamage"),
-        baseline=dict(notebook="pretrain", model="lenet", epochs=4),
-    )
+    cifar = dict(dataset="cifar10", model="resnet20", epochs=1, train_size=1024, samples=256)
+    runs = dict(default_run=dict(method="eigendamage"))
+    runs["baseline"] = dict(notebook="pretrain", model="lenet", epochs=4)
+    if (ROOT / "data/cifar-10-batches-py").is_dir():
+        runs = dict(cifar_run=cifar | dict(checkpoint=shipped)) | runs
     return {
         name: pool.submit(execute, tmp_path_factory.mktemp(name), **parameters)
         for name, parameters in runs.items()
-        if name in asked and (name != "cifar_run" or (ROOT / "data/cifar-10-batches-py").is_dir())
+        if name in asked
     }
 
 
 @pytest.fixture(scope="session")
 def default_run(early_runs) -> Executed:
-    "The default command, but for the folder of the runs."
+    """Run the default command, but for the folder of the runs."""
     return early_runs["default_run"].result()
 
 
@@ -159,7 +161,7 @@ def cifar_run(cifar_dir, early_runs) -> Executed:
 
 @pytest.fixture(scope="session")
 def baseline(early_runs) -> Path:
-    "Run folder of a LeNet that was trained on digits for a moment, by nbs/pretrain.ipynb."
+    """Return the run folder of a LeNet, trained on digits by nbs/pretrain.ipynb."""
     done = early_runs["baseline"].result()
     assert done.returncode == 0, done.stderr
     return done.run("pretrain")

@@ -1,4 +1,4 @@
-"""A page of small networks, each with one thing that tracing or surgery gets wrong easily. No dependency but torch.
+"""Small networks, each with one thing that tracing or surgery gets wrong easily; torch alone.
 
 `D7` to `D17` in a docstring: a defect that a well-known toolkit had there.
 """
@@ -33,21 +33,17 @@ from torch.nn import (
 
 @dataclass(repr=False)
 class Case:
-    "A network, its example inputs and what surgery must make of it. A place is `parameter:dimension`."
+    """A network, its inputs, and what surgery must make of it. A place is `parameter:dimension`."""
 
     name: str
     build: Callable  # () -> nn.Module, seeded
     inputs: Callable  # () -> example inputs, seeded
     expect: tuple = ()  # places that must shrink
     frozen: tuple = ()  # places that must not
-    refusable: bool = (
-        False  # may be left as it is, in words; what is cut must be exact all the same
-    )
-    kept: bool = (
-        False  # sums or normalises over removed channels: zeros in the weights are not the mask
-    )
+    refusable: bool = False  # may be left unchanged, in words; what is cut must still be exact
+    kept: bool = False  # sums or normalises over removed channels: zero weights are not the mask
     tolerance: float = 1e-5  # of the relative difference in float32
-    left: float = 1  # share of the parameters that may stay
+    left: float = 1  # largest share of the parameters that is kept
     tags: tuple = ("quick",)  # quick | slow, then the family
     double: bool = True  # also in float64, where the quick half is
     seconds: float = 60  # processor time that tracing, cutting and checking may take
@@ -62,7 +58,7 @@ def add(case: Case):
 
 
 def seeded(function):
-    "`function`, drawing the same numbers at every call and disturbing nobody's."
+    """Make a function draw the same numbers at every call, and disturb no other draws."""
 
     def call(*args, **kwargs):
         with torch.random.fork_rng(devices=[]):
@@ -73,7 +69,7 @@ def seeded(function):
 
 
 class Net(nn.Module):
-    "Layers, parameters and buffers by name, and the function of them."
+    """Layers, parameters and buffers by name, and the function of them."""
 
     def __init__(self, parts, function):
         super().__init__()
@@ -88,27 +84,36 @@ class Net(nn.Module):
         return self.function(self, *args, **kwargs)
 
 
-image = lambda: torch.randn(2, 3, 8, 8)
-tokens = lambda: torch.randn(2, 5, 6)
-ids = lambda: torch.randint(20, (2, 5))
+def image():
+    return torch.randn(2, 3, 8, 8)
 
 
-def nasty(parts, expect="", frozen="", inputs=image, after=lambda net: net, **rest):
-    "Decorator: a case from `parts() -> {name: layer}` and the forward function, which gets the network first. `after` changes the built network."
+def tokens():
+    return torch.randn(2, 5, 6)
+
+
+def ids():
+    return torch.randint(20, (2, 5))
+
+
+def unchanged(net):
+    return net
+
+
+def nasty(parts, expect="", frozen="", inputs=image, after=unchanged, **rest):
+    """Make a case of `parts() -> {name: layer}` and a forward function, which gets the network first.
+
+    `after` changes the built network.
+    """
 
     def register(function):
-        build = seeded(lambda: after(Net(parts(), function).eval()))
-        add(
-            Case(
-                function.__name__,
-                build,
-                seeded(inputs),
-                tuple(expect.split()),
-                tuple(frozen.split()),
-                tags=("quick", "nasty"),
-                **rest,
-            )
-        )
+        def build():
+            return after(Net(parts(), function).eval())
+
+        places = dict(expect=tuple(expect.split()), frozen=tuple(frozen.split()))
+        case = Case(function.__name__, seeded(build), seeded(inputs), **places, **rest)
+        case.tags = ("quick", "nasty")
+        add(case)
         return function
 
     return register
@@ -236,7 +241,7 @@ def nchw_flatten(m, x):
 
 @nasty(lambda: dict(a=conv(3, 12), b=Linear(12 * 64, 5)), refusable=True)
 def flatten_of_written_size(m, x):
-    "The number stands in the code: after a cut it would fold the batch."
+    "Use a number that stands in the code: after a cut it would fold the batch."
     return m.b(m.a(x).view(-1, 12 * 64))
 
 
@@ -354,7 +359,7 @@ def slice_then_concat(m, x):
     "a.weight:0 b.weight:1 b.weight:0 c.weight:1",
 )
 def half_through(m, x):
-    "The half is computed from the width, as ShuffleNet does."
+    "Compute the half from the width, as ShuffleNet does."
     left, right = m.a(x).chunk(2, 1)
     return m.c(torch.cat([left, m.b(right)], 1))
 
@@ -400,7 +405,8 @@ def concat_with_input(m, x):
         ),
         head=conv(24, 3),
     ),
-    "stem.weight:0 layers.0.0.weight:0 layers.0.2.weight:0 layers.3.2.weight:1 layers.3.0.weight:0 head.weight:1",
+    "stem.weight:0 layers.0.0.weight:0 layers.0.2.weight:0 layers.3.2.weight:1 "
+    "layers.3.0.weight:0 head.weight:1",
 )
 def dense_block(m, x):
     ys = [m.stem(x)]
@@ -593,7 +599,7 @@ def softmax_over_channels(m, x):
 
 @nasty(lambda: dict(a=conv(3, 16), s=conv(2, 1, 7), b=conv(16, 4)), refusable=True, kept=True)
 def channel_mean_and_maximum(m, x):
-    "The spatial half of CBAM."
+    "Attend as the spatial half of CBAM."
     y = m.a(x)
     return m.b(y * m.s(torch.cat([y.mean(1, keepdim=True), y.amax(1, keepdim=True)], 1)).sigmoid())
 
@@ -1162,7 +1168,7 @@ def linear_attention_with_a_column_of_ones(m, x):
 
 @nasty(lambda: dict(qkv=conv(3, 48, 1), o=conv(16, 4, 1)), refusable=True, kept=True)
 def linear_attention_of_maps_with_ones(m, x):
-    "The same, flattened as maps are."
+    "Do the same, flattened as maps are."
     y = m.qkv(x)
     q, k, v = y.reshape(y.shape[0], -1, 12, 64).chunk(3, 2)
     v = F.pad(v, (0, 0, 0, 1), value=1.0)
@@ -1183,7 +1189,10 @@ def grouped_query_repeat_interleave(m, x):
 @nasty(lambda: qkv(kv=8), "q.weight:0 k.weight:0 v.weight:0 o.weight:1", inputs=tokens)
 def grouped_query_expand(m, x):
     q, k, v = heads(m.q(x), 4), heads(m.k(x), 4), heads(m.v(x), 4)
-    widen = lambda y: y[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2)
+
+    def widen(y):
+        return y[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2)
+
     return m.o(merged(F.scaled_dot_product_attention(q, widen(k), widen(v))))
 
 
@@ -1491,7 +1500,7 @@ def batch_of_one(m, x):
     "a.weight:0 b.weight:1 c.weight:0",
 )
 def tuple_of_outputs(m, x):
-    "The first and the third map are results themselves."
+    "Return the first and the third map too."
     y = m.a(x)
     z = m.c(m.b(y))
     return y, (m.d(z.mean((2, 3))), z)
@@ -1542,7 +1551,7 @@ def labels_as_outputs(m, x):
 
 @nasty(lambda: dict(a=conv(3, 8), b=conv(8, 4)), "b.weight:1", "b.weight:0", refusable=True)
 def number_of_the_largest_channel(m, x):
-    "The number of a channel is a result: nothing to renumber it."
+    "Return the number of a channel, which nothing renumbers."
     y = m.a(x)
     return m.b(y), y.argmax(1)
 
@@ -1802,7 +1811,7 @@ def filled_with_the_width(m, x):
     after=lambda m: setattr(m, "width", 16) or m,
 )
 def scaled_by_a_noted_width(m, x):
-    "The number stays what it was: exact."
+    "Keep the number: exact."
     return m.b(m.a(x).flatten(1) / m.width**0.5)
 
 
@@ -1814,7 +1823,10 @@ def scaled_by_a_noted_width(m, x):
     refusable=True,
 )
 def as_many_windows_as_heads(m, x):
-    "Four windows of four tokens, four heads of eight features; the number of heads is an attribute, that of windows is not."
+    """Take four windows of four tokens and four heads of eight features.
+
+    The number of heads is an attribute, that of windows is not.
+    """
     y = m.a(x)
     n, t, c = y.shape
     q, k, v = (
@@ -1894,7 +1906,7 @@ def data_parallel(m, x):
     after=lambda m: torch.fx.symbolic_trace(Sequential(m.a, ReLU(), m.b)),
 )
 def graph_module(m, x):
-    "The chain of `after`."
+    "Run the chain of `after`."
 
 
 def exported(m):
@@ -1916,7 +1928,7 @@ def exported_flatten(m, x):
 
 @nasty(lambda: two(), refusable=True, after=lambda m: torch.jit.script(Sequential(m.a, m.b)))
 def scripted(m, x):
-    "The chain of `after`."
+    "Run the chain of `after`."
 
 
 @nasty(

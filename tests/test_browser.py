@@ -1,5 +1,7 @@
-"""nbs/explore.ipynb as a person sees it: opened and run in JupyterLab, and as a page of voila, in a real browser. What is asserted is what the browser shows and what the kernel holds after a click.
-Pictures of every dashboard, at two widths and in both themes, are left in tests/screenshots for people to look at.
+"""See nbs/explore.ipynb as a person does: opened and run in JupyterLab, and as a page of voila.
+
+What is asserted is what a real browser shows and what the kernel holds after a click. Pictures of
+every dashboard, at two widths and in both themes, are left in tests/screenshots to look at.
 """
 
 import re
@@ -23,7 +25,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    "A project with the notebook, three real runs, and one that was damaged."
+    """Make a project with the notebook, three real runs, and one that was damaged."""
     home = workspace(tmp_path_factory.mktemp("browser") / "project", [ROOT / "nbs/explore.ipynb"])
     for method, ratio in (("l1", 0.5), ("l1", 0.7), ("eigendamage", 0.5)):
         small_run(home, method, ratio)
@@ -35,7 +37,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seen(home, browser):
-    "The notebook, run in JupyterLab."
+    """Open the notebook in JupyterLab and run it."""
     with lab(home) as address:
         seen = Seen(browser, 1280, 4600)
         seen.open_in_lab(address, "explore.ipynb")
@@ -132,12 +134,8 @@ def test_apply_cuts_and_measures(seen):
     expect(layers.locator(".pn-tile", has_text="accuracy")).to_contain_text(
         re.compile(r"\d+\.\d% → \d+\.\d%")
     )
-    assert (
-        seen.python(
-            "print(sum(p.numel() for p in layers.result.model.parameters()) == layers.plan.settings['params'])"
-        )
-        == "True"
-    )
+    params = seen.python("print(sum(p.numel() for p in layers.result.model.parameters()))")
+    assert params == seen.python("print(layers.plan.settings['params'])")
 
 
 def test_recipe_makes_the_same_plan(seen):
@@ -230,10 +228,13 @@ def test_running_run_is_followed(seen):
     seen.python("""
 from prune_nb.experiment.params import PruneParams
 from prune_nb.experiment.pruning import Experiment
-e = Experiment(PruneParams(method="l2", ratio=.5, of="macs", model="lenet", pretrain_epochs=2, epochs=3, samples=256, run_name="going").validated())
-e.baseline(), e.prune()""")
+small = dict(model="lenet", pretrain_epochs=2, epochs=3, samples=256)
+params = PruneParams(method="l2", ratio=.5, of="macs", run_name="going", **small)
+e = Experiment(params.validated())
+e.baseline()
+e.prune()""")
     expect(rows(seen)).to_contain_text("running: ")
-    seen.python("e.finetune(), e.finish()")
+    seen.python("e.finetune()\ne.finish()")
     expect(rows(seen)).to_contain_text("finished")
 
 

@@ -1,4 +1,6 @@
-"""Every network of the matrix: the page of nasty ones, then torchvision, timm and transformers, at the smallest sensible size, random weights.
+"""Every network of the matrix: the nasty ones, then torchvision, timm and transformers.
+
+They are built at the smallest sensible size with random weights.
 
 `CASES` maps a name to its `Case`; the tags of a case are `quick` or `slow`, then its family.
 """
@@ -7,13 +9,17 @@ import functools
 import importlib.util
 
 import torch
-from nasty import CASES, Case, add, seeded
+from nasty import CASES as CASES
+from nasty import Case, add, seeded
 from torch import nn
 
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed=0) -> nn.Module:
-    "Statistics and scales of norms, and whatever else is constant (zero biases, layer scales), drawn anew, so that nothing is the identity by chance."
+    """Draw statistics and scales of norms, and all that is constant, such as zero biases.
+
+    Nothing is then the identity by chance.
+    """
     g = torch.Generator().manual_seed(seed)
     for name, b in model.named_buffers():
         if name.endswith("running_mean"):
@@ -26,7 +32,7 @@ def randomise(model: nn.Module, seed=0) -> nn.Module:
     return model
 
 
-LEFT = dict(
+LEFT = dict(  # share of the parameters that may be left of a family's networks
     small=0.5,
     prune_nb=0.5,
     torchvision=0.5,
@@ -35,44 +41,29 @@ LEFT = dict(
     detection=0.6,
     transformers=0.8,
     timm=0.6,
-)  # parameters that may be left of a family's networks
-MORE = {
-    "googlenet": 0.7,
-    "inception_v3": 0.55,  # classifiers for training only stay
-    **dict.fromkeys(
-        [
-            "coat_lite_tiny",
-            "crossvit_tiny_240",
-            "pvt_v2_b0",
-            "eva02_tiny_patch14_224",
-            "nest_tiny",
-            "volo_d1_224",
-            "davit_tiny",
-            "gcvit_xxtiny",
-            "swinv2_cr_tiny_224",
-        ],
-        0.75,
-    ),  # the width of a head is computed from that of the stream
-    "nf_regnet_b0": 0.8,
-    "eca_nfnet_l0": 0.95,
-}  # filters are standardised over their inputs, which therefore stay; attention is a convolution over channels
+)
+# The width of a head is computed from that of the stream, which therefore is kept.
+HEADS_BY_WIDTH = """
+coat_lite_tiny crossvit_tiny_240 pvt_v2_b0 eva02_tiny_patch14_224 nest_tiny volo_d1_224 davit_tiny
+gcvit_xxtiny swinv2_cr_tiny_224
+"""
+MORE = dict.fromkeys(HEADS_BY_WIDTH.split(), 0.75)
+MORE |= {"googlenet": 0.7, "inception_v3": 0.55}  # classifiers that run in training only are kept
+# Filters are standardised over their inputs, which are kept; attention convolves over channels.
+MORE |= {"nf_regnet_b0": 0.8, "eca_nfnet_l0": 0.95}
 
 
 def real(name, build, inputs, family, quick=False, seconds=300, **rest):
-    "Register a network of a library: nobody says which of its layers can be cut, only how much must go."
-    make = lambda: build().eval().requires_grad_(True)
+    """Register a network of a library; only how much must be removed is said, not where."""
+
+    def make():
+        return build().eval().requires_grad_(True)
+
     rest = dict(left=MORE.get(name, LEFT.get(family, 1))) | rest
-    add(
-        Case(
-            f"{family}/{name}",
-            seeded(make),
-            seeded(inputs),
-            tags=("quick" if quick else "slow", family),
-            kept=True,
-            seconds=60 if quick else seconds,
-            **rest,
-        )
-    )
+    case = Case(f"{family}/{name}", seeded(make), seeded(inputs), kept=True, **rest)
+    case.tags = ("quick" if quick else "slow", family)
+    case.seconds = 60 if quick else seconds
+    add(case)
 
 
 def image(size, n=1):
@@ -192,7 +183,7 @@ def torchvision_networks():
 
 
 def torchvision_in_small():
-    "The quick half of torchvision: its classes, few and narrow blocks."
+    """Register the quick half of torchvision: its classes, with few and narrow blocks."""
     from torchvision.models import (
         convnext,
         densenet,
@@ -378,8 +369,12 @@ def timm_networks():
 
 
 def transformers_networks():
-    words = lambda n=2, l=6, v=50: lambda: dict(input_ids=torch.randint(3, v, (n, l)))
-    pixels = lambda s=32: lambda: dict(pixel_values=torch.randn(2, 3, s, s))
+    def words(n=2, length=6, v=50):
+        return lambda: dict(input_ids=torch.randint(3, v, (n, length)))
+
+    def pixels(s=32):
+        return lambda: dict(pixel_values=torch.randn(2, 3, s, s))
+
     text = dict(
         vocab_size=50,
         hidden_size=32,
