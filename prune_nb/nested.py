@@ -146,7 +146,7 @@ def check_pair(
     which = f"item {position}" if position else "the first"
     raise UserError(
         f"Each item of data must be a pair (inputs, targets), and {which} is {given}. "
-        "Several inputs go into a tuple or dict of their own: ((a, b), targets)."
+        "Put several inputs into one tuple or dict: ((a, b), targets)."
     )
 
 # %% ../nbs/lib/01_foundations/03_nested.ipynb #3f3e527e

@@ -8,31 +8,32 @@ __all__ = ['methods_table']
 # %% ../../nbs/lib/07_criteria/14_methods.ipynb #70fdc4f0
 import pandas as pd
 
-from prune_nb.criteria import (
-    activations,
-    curvature_tucker,
-    eigendamage,
-    geometric_median,
-    magnitude,
-    obd,
-    oracle,
-    redundancy_graph,
-    taylor,
-)
 from .core import COLLECTORS, METHODS
+
+# The order of these is that in which methods are registered and listed.
+# isort: off
+from . import eigendamage  # noqa: F401
+from . import curvature_tucker  # noqa: F401
+from . import obd  # noqa: F401
+from . import magnitude  # noqa: F401
+from . import geometric_median  # noqa: F401
+from . import taylor  # noqa: F401
+from . import activations  # noqa: F401
+from . import redundancy_graph  # noqa: F401
+from . import oracle  # noqa: F401
+# isort: on
 
 # %% ../../nbs/lib/07_criteria/14_methods.ipynb #0f44766f
 def methods_table() -> pd.DataFrame:
-    "A row per registered method: other names, what it ranks, the kind of statistic that it needs, what its saliency measures, and what it is."
-    rows = [
-        dict(
-            method=c.name,
-            ids=", ".join(getattr(c, "ids", ())),
-            ranks=COLLECTORS[c.needs].ranks,
-            needs=c.needs,
-            measures=getattr(c, "measures", "loss"),
-            what=" ".join((c.__doc__ or "").split()),
-        )
-        for c in METHODS.values()
-    ]
+    """Return a row per registered method.
+
+    The columns are its other names, what it ranks, the kind of statistic that it needs, what its
+    saliency measures, and what it is.
+    """
+    rows = []
+    for c in METHODS.values():
+        row = dict(method=c.name, ids=", ".join(c.ids), ranks=COLLECTORS[c.needs].ranks)
+        row |= dict(needs=c.needs, measures=c.measures or "loss")
+        row["what"] = " ".join((c.__doc__ or "").split())
+        rows.append(row)
     return pd.DataFrame(rows).set_index("method")
