@@ -34,7 +34,7 @@ from prune_nb.data import dataset_info, load_data  # noqa: E402
 from prune_nb.models import create_model  # noqa: E402
 from prune_nb.profile import count_macs, count_params, latencies_ms  # noqa: E402
 from prune_nb.recovery.refit import refit  # noqa: E402
-from prune_nb.runs import log, open_run, rewind, phase_seconds, time_phase, versions  # noqa: E402
+from prune_nb.runs import log, open_run, phase_seconds, rewind, time_phase, versions  # noqa: E402
 from prune_nb.surgery.export import load, load_weights, save  # noqa: E402
 from prune_nb.surgery.verify import exact_float32  # noqa: E402
 from prune_nb.train import evaluate, fit, refresh_bn, training_loss  # noqa: E402
