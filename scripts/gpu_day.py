@@ -1,9 +1,9 @@
 """Train, prune and time on one GPU: python scripts/gpu_day.py OUT_DIR [--data DIR] [--tiny]
 
 The work is cut into stages, each with a result file OUT_DIR/STAGE.json. A stage whose result is
-there is skipped; one that was killed goes on from its training state in OUT_DIR/STAGE; one that
+there is skipped; one that was killed continues from its training state in OUT_DIR/STAGE; one that
 failed leaves its traceback in its result file, stops no other, and is tried again by the same
-command. DIR holds `cifar-10-batches-py` and `cifar-100-python`. `--tiny` runs every stage on made
+command. DIR holds `cifar-10-batches-py` and `cifar-100-python`. `--tiny` runs every stage on fake
 images, small enough for a CPU.
 """
 
@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from prune_nb.allocate import allocate  # noqa: E402
-from prune_nb.api import operate, prune  # noqa: E402
+
+from prune_nb.api import apply_plan, prune  # noqa: E402
+from prune_nb.budgets.allocation import allocate  # noqa: E402
 from prune_nb.core import derived_seed, load_tensors, save_json, save_tensors  # noqa: E402
 from prune_nb.criteria.core import score  # noqa: E402
 from prune_nb.curvature.ekfac import layer_bases, second_moments  # noqa: E402
@@ -32,8 +33,8 @@ from prune_nb.curvature.kfac import collect  # noqa: E402
 from prune_nb.data import dataset_info, load_data  # noqa: E402
 from prune_nb.models import create_model  # noqa: E402
 from prune_nb.profile import count_macs, count_params, latencies_ms  # noqa: E402
-from prune_nb.refit import refit  # noqa: E402
-from prune_nb.runs import log, open_run, rewind, seconds, timed, versions  # noqa: E402
+from prune_nb.recovery.refit import refit  # noqa: E402
+from prune_nb.runs import log, open_run, phase_seconds, rewind, time_phase, versions  # noqa: E402
 from prune_nb.surgery.export import load, load_weights, save  # noqa: E402
 from prune_nb.surgery.verify import exact_float32  # noqa: E402
 from prune_nb.train import evaluate, fit, refresh_bn, training_loss  # noqa: E402
@@ -123,9 +124,7 @@ STAGES = {
     DEEP: Baseline(
         "resnet32x4", "cifar100", epochs=60, lr=0.4, batch_size=512, label_smoothing=0.1
     ),
-    "resnet20-cifar10-strong": Baseline(
-        "resnet20", "cifar10", epochs=300, lr=0.2, batch_size=256
-    ),
+    "resnet20-cifar10-strong": Baseline("resnet20", "cifar10", epochs=300, lr=0.2, batch_size=256),
     "vgg16x0.25-cifar10": Baseline(
         "vgg16x0.25", "cifar10", epochs=300, lr=0.1, batch_size=256, label_smoothing=0.1
     ),
@@ -237,7 +236,7 @@ def train(job, run, phase, model, data, stage, loss):
     done = len(load_tensors(state)[1]["history"]) if state.exists() else 0
     rewind(run, phase, done)
     schedule = getattr(stage, "lr_schedule", "one_cycle")
-    with timed(run, phase):
+    with time_phase(run, phase):
         fit(
             model, data.train, stage.epochs, stage.lr, data.val, schedule, stage.weight_decay,
             seed=stage.seed, state=state, loss=loss, label=job.name,
@@ -257,7 +256,7 @@ def train_baseline(stage, job):
         load_weights(model, run.folder)
         figures = dict(id=run.id, model=stage.model, dataset=stage.dataset, seed=stage.seed)
         figures |= measured(model, data) | dict(accuracy_float32=exact)
-        figures |= dict(seconds=seconds(run.folder), device=card(job.device))
+        figures |= dict(seconds=phase_seconds(run.folder), device=card(job.device))
         save_json(run.path("result.json"), figures)
     finally:
         run.close()
@@ -278,20 +277,20 @@ def on_device(scores, device):
 
 
 def cut_down(stage, job, dense, baseline, run):
-    """Score, allocate, refit and operate; the run gets the seconds of each."""
+    """Score, allocate, refit and apply the plan; log the seconds of each."""
     images = job.data(baseline, batch_size=128).train.plain(stage.samples)
     seed = derived_seed(stage.seed, "labels")
-    with timed(run, "score"):
+    with time_phase(run, "score"):
         scores = score(dense, images, stage.method, seed=seed)
-    with timed(run, "allocate"):
-        plan = allocate(scores, stage.ratio, stage.of)
+    with time_phase(run, "allocate"):
+        plan = allocate(scores, stage.ratio, cost=stage.of)
     if stage.refit:
-        with timed(run, "refit"):
+        with time_phase(run, "refit"):
             some = images.plain(stage.refit_samples)
             plan = refit(dense, plan, some, scores=on_device(scores, job.device))
-    with timed(run, "surgery"):
+    with time_phase(run, "surgery"):
         example = next(iter(images))[0][:1]
-        result = operate(dense, plan, scores, images, example)
+        result = apply_plan(dense, plan, scores, images, example)
     return result
 
 
@@ -320,7 +319,7 @@ def prune_baseline(stage, job):
         save(model, run.folder)
         figures = dict(id=run.id, model=baseline.model, dataset=baseline.dataset)
         figures |= dict(baseline=measured(dense, data), pruned=pruned)
-        figures |= dict(finetuned=measured(model, data), seconds=seconds(run.folder))
+        figures |= dict(finetuned=measured(model, data), seconds=phase_seconds(run.folder))
     finally:
         run.close()
     return figures
@@ -372,11 +371,11 @@ def compare_method(method, dense, batches, device):
             found[where] = score(model, data, method)
         figures[f"score seconds {where}"] = round(time.perf_counter() - start, 3)
     figures |= largest_differences(found[device.type], found["cpu"])
-    plans = [allocate(s, 0.5, "params") for s in found.values()]
+    plans = [allocate(s, 0.5, cost="params") for s in found.values()]
     figures["plans equal"] = plans[0].as_dict() == plans[-1].as_dict()
     figures["params left"] = [p.settings.get("params") for p in plans]
     start = time.perf_counter()
-    result = prune(model, data, method, 0.5, "params")
+    result = prune(model, data, method, 0.5, cost="params")
     figures["prune seconds"] = round(time.perf_counter() - start, 3)
     figures["difference"] = result.difference
     figures["difference after batch normalisation"] = result.verify()
@@ -386,7 +385,7 @@ def compare_method(method, dense, batches, device):
 def prune_with_refit(dense, batches, device):
     """Prune by `curvature_tucker` with a refit, as one call, on the device."""
     model, data = dense.to(device), moved(batches, device)
-    result = prune(model, data, "curvature_tucker", 0.5, "params", refit=True)
+    result = prune(model, data, "curvature_tucker", 0.5, cost="params", refit=True)
     return dict(difference=result.difference)
 
 
@@ -457,25 +456,35 @@ def time_kfac(stage, name, device):
     return figures
 
 
+def pruned_of(source, job):
+    """Name the finished pruning stages of a baseline."""
+    names = [n for n, s in STAGES.items() if isinstance(s, Pruning) and s.source == source]
+    return [n for n in names if (job.out / n / "plan.json").exists()]
+
+
+def time_family(stage, job, source):
+    """Time a dense network with its pruned ones in turns, in float32 and in bfloat16."""
+    baseline, names = job.stage(source), pruned_of(source, job)
+    models = [job.dense(source)]
+    for name in names:
+        model = load(job.out / name, lambda: job.model(baseline))
+        models.append(model.to(job.device))
+    x = next(iter(job.data(baseline, stage.batch).test))[0]
+    single = latencies_ms(models, x, 10, stage.repeats)
+    fast = [m.to(torch.bfloat16, memory_format=torch.channels_last) for m in models]
+    x = x.to(torch.bfloat16, memory_format=torch.channels_last)
+    half = latencies_ms(fast, x, 10, stage.repeats)
+    times = zip([source, *names], single, half)
+    return {name: dict(float32=a, bfloat16=b) for name, a, b in times}
+
+
 def time_networks(stage, job):
-    """Time every dense network with its pruned ones in turns, in float32 and in bfloat16."""
+    """Time every baseline that is trained, with its pruned networks."""
     figures = {}
-    for source in (n for n, s in STAGES.items() if isinstance(s, Baseline)):
-        names = [n for n, s in STAGES.items() if getattr(s, "source", None) == source]
-        names = [n for n in names if (job.out / n / "plan.json").exists()]
-        if not (job.out / source / "model.safetensors").exists():
-            continue
-        baseline = job.stage(source)
-        models = [job.dense(source)]
-        models += [load(job.out / n, lambda: job.model(baseline)).to(job.device) for n in names]
-        x = job.data(baseline, stage.batch).test
-        x = next(iter(x))[0]
-        single = latencies_ms(models, x, 10, stage.repeats)
-        fast = [m.to(torch.bfloat16, memory_format=torch.channels_last) for m in models]
-        x = x.to(torch.bfloat16, memory_format=torch.channels_last)
-        half = latencies_ms(fast, x, 10, stage.repeats)
-        for name, a, b in zip([source, *names], single, half):
-            figures[name] = dict(float32=a, bfloat16=b)
+    for source, settings in STAGES.items():
+        is_trained = (job.out / source / "model.safetensors").exists()
+        if isinstance(settings, Baseline) and is_trained:
+            figures |= time_family(stage, job, source)
     return figures
 
 

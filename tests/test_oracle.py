@@ -1,4 +1,7 @@
-"What criteria say of units, against what happens without them, on a network that knows the digits; and nbs/oracle.ipynb."
+"""What criteria say about units, against the loss without them, on a network trained on digits.
+
+Also nbs/oracle.ipynb.
+"""
 
 import copy
 
@@ -6,7 +9,9 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from conftest import ROOT, execute, guard
+from torch import nn
 
 from prune_nb.api import prune
 from prune_nb.core import UserError
@@ -49,11 +54,10 @@ def truth(lenet):
 
 def test_oracle_is_the_loss_of_the_cut_network(lenet, truth):
     model, images = lenet
-    coupling, base = (
-        trace(model, images.images[:1] * images.scale - images.shift),
-        evaluate(model, images)["loss"],
-    )
-    assert len(truth) == sum(g.units for g in coupling.groups) and truth.rise.notna().all()
+    coupling = trace(model, images.images[:1] * images.scale - images.shift)
+    base = evaluate(model, images)["loss"]
+    assert len(truth) == sum(g.units for g in coupling.groups)
+    assert truth.rise.notna().all()
     for r in truth.sample(6, random_state=0).itertuples():
         small = coupling.plan({r.group: [r.unit]}).apply(model)
         assert evaluate(small, images)["loss"] - base == pytest.approx(r.rise, abs=1e-5)
@@ -76,7 +80,7 @@ def test_second_order_predicts_the_loss_without_single_units(scores, truth, meth
 
 @pytest.mark.parametrize("part", ["gate_obd", "taylor_gate_example"])
 def test_whole_quadratic_model_ranks_units_better_than_its_parts(scores, truth, part):
-    "Curvature alone, or slopes alone. (Over all units a few large ones decide Pearson's.)"
+    """Curvature alone, or slopes alone. (Over all units a few large ones decide Pearson's.)"""
     whole = correlations(scores["taylor_second_order"], truth)
     alone = correlations(scores[part], truth)
     for name in ("spearman", "kendall", "pearson_layers", "spearman_layers", "kendall_layers"):
@@ -86,32 +90,26 @@ def test_whole_quadratic_model_ranks_units_better_than_its_parts(scores, truth, 
 @pytest.mark.parametrize(
     "layer, side", [("fc1", "rows"), ("fc1", "cols"), ("fc2", "rows"), ("fc2", "cols")]
 )
-def test_directions_of_eigendamage_against_what_happens(lenet, layer, side):
-    "Rows and columns of a linear layer in its eigenbasis, one silenced at a time. (Of convolutions, where positions are taken for independent, the correlation is about a half.)"
+def test_directions_of_eigendamage_predict_the_loss_without_them(lenet, layer, side):
+    """Silence rows and columns of a linear layer in its eigenbasis, one at a time.
+
+    (For convolutions, where positions are taken for independent, the correlation is about a half.)
+    """
     model, images = lenet
     scores = score(model, images, "eigendamage", fisher="exact", progress=False)
-    l, base = scores.layers[layer], evaluate(model, images)["loss"]
-    sizes, predicted = dict(rows=l.weight[0], cols=l.weight[1]), getattr(l, side)
-    some = predicted.argsort(descending=True)[:24].tolist()
+    found, base = scores.layers[layer], evaluate(model, images)["loss"]
+    predicted = getattr(found, side)
+    largest = predicted.argsort(descending=True)[:24].tolist()
 
     def measured(i):
-        left = {s: [j for j in range(n) if s != side or j != i] for s, n in sizes.items()}
-        plan = Plan(
-            "one direction",
-            scores.model,
-            {layer: KeepDirections(left["rows"], left["cols"], "both", l.weight, 0.0)},
-            bases=scores.bases,
-        )
+        kept = dict(rows=list(range(found.weight[0])), cols=list(range(found.weight[1])))
+        kept[side].remove(i)
+        directions = KeepDirections(kept["rows"], kept["cols"], "both", found.weight, 0.0)
+        plan = Plan("one direction", scores.model, {layer: directions}, bases=scores.bases)
         return evaluate(plan.masked(model), images)["loss"] - base
 
-    assert (
-        torch.corrcoef(
-            torch.stack(
-                [predicted[some].double(), torch.tensor([measured(i) for i in some]).double()]
-            )
-        )[0, 1]
-        > 0.9
-    )
+    truth = torch.tensor([measured(i) for i in largest]).double()
+    assert torch.corrcoef(torch.stack([predicted[largest].double(), truth]))[0, 1] > 0.9
 
 
 def test_sets_of_units(lenet, scores):
@@ -119,18 +117,15 @@ def test_sets_of_units(lenet, scores):
     coupling = trace(model, next(iter(images))[0][:1])
     sets = random_sets(coupling, (1, 5), 5)
     found = set_oracle(model, images, sets, progress=False)
-    assert torch.allclose(
-        torch.tensor(set_saliency(scores["oracle"], sets[:5])),
-        torch.tensor(found.rise[:5].tolist()),
-        atol=1e-6,
-    )
-    assert evaluate(coupling.plan(sets[7]).apply(model), images)["loss"] - evaluate(model, images)[
-        "loss"
-    ] == pytest.approx(found.rise[7], abs=1e-5)
+    saliency = set_saliency(scores["oracle"], sets[:5])
+    assert saliency == pytest.approx(found.rise[:5].tolist(), rel=1e-5, abs=1e-6)
+    base = evaluate(model, images)["loss"]
+    pruned = evaluate(coupling.plan(sets[7]).apply(model), images)["loss"]
+    assert pruned - base == pytest.approx(found.rise[7], abs=1e-5)
 
 
 class Counted:
-    "Batches that know how often they were gone through."
+    """Batches that count how often they were iterated over."""
 
     def __init__(self, batches):
         self.batches, self.times = batches, 0
@@ -141,24 +136,19 @@ class Counted:
 
 
 def test_all_criteria_of_gates_share_one_pass(lenet):
-    model, data = (
-        copy.deepcopy(lenet[0]).double(),
-        Counted([(x.double(), y) for x, y in list(lenet[1])[:2]]),
-    )
-    found = score(model, data, GATES, progress=False)
+    model = copy.deepcopy(lenet[0]).double()
+    data = Counted([(x.double(), y) for x, y in list(lenet[1])[:2]])
+    together = score(model, data, GATES, progress=False)
     assert data.times == 2  # one for the example that is traced
     for m in GATES:
-        assert torch.allclose(
-            found[m].groups["fc1"].saliency,
-            score(model, data.batches, m, progress=False).groups["fc1"].saliency,
-            rtol=1e-4,
-            atol=1e-9,
-        )
+        alone = score(model, data.batches, m, progress=False).groups["fc1"].saliency
+        saliency = together[m].groups["fc1"].saliency
+        assert torch.allclose(saliency, alone, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", GATES)
 def test_examples_do_not_depend_on_batches(lenet, method):
-    "Means over examples: the same in batches of 64 and of 25, but for the square of a mean."
+    """Means over examples are the same in batches of 64 and of 25."""
     model, images = lenet
     x, y = (torch.cat(t)[:100] for t in zip(*images))
     one, two = (
@@ -170,7 +160,7 @@ def test_examples_do_not_depend_on_batches(lenet, method):
 
 
 @pytest.mark.parametrize("method", GATES)
-def test_bad_losses_are_told(lenet, method):
+def test_invalid_losses_are_reported(lenet, method):
     model, images = lenet
     with pytest.raises(UserError, match="The loss does not depend on the network's parameters"):
         score(model, images, method, loss=lambda out, y: torch.ones(()), progress=False)
@@ -182,85 +172,70 @@ def test_bad_losses_are_told(lenet, method):
 
 @pytest.mark.parametrize("method", GATES)
 def test_dead_units_and_a_dead_group_are_worth_nothing(method):
-    net, x = (
-        torch.nn.Sequential(
-            torch.nn.Linear(3, 6),
-            torch.nn.ReLU(),
-            torch.nn.Linear(6, 4),
-            torch.nn.ReLU(),
-            torch.nn.Linear(4, 2),
-        ),
-        torch.randn(8, 3),
-    )
+    layers = nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)
+    net = nn.Sequential(*layers)
+    data = [(torch.randn(8, 3), torch.randint(2, (8,)))]
     with torch.no_grad():
-        net[0].bias[2], net[2].bias[:] = -100, -100.0  # a unit, and all units of the second group
-    found = score(net, [(x, torch.randint(2, (8,)))], method, progress=False).groups
+        net[0].bias[2] = -100  # a unit
+        net[2].bias[:] = -100  # all units of the second group
+    found = score(net, data, method, progress=False).groups
     assert all(found[g].saliency.abs().max() <= 1e-6 for g in ("0", "2"))
     with torch.no_grad():
         net[2].bias[:] = 1
-    found = score(net, [(x, torch.randint(2, (8,)))], method, progress=False).groups
-    assert abs(found["0"].saliency[2]) <= 1e-6 and found["2"].saliency.abs().max() > 0
+    found = score(net, data, method, progress=False).groups
+    assert abs(found["0"].saliency[2]) <= 1e-6
+    assert found["2"].saliency.abs().max() > 0
 
 
 def test_oracle_prunes(lenet, truth):
     model, images = lenet
     result = prune(model, images, "oracle", ratio=0.2, of="units", progress=False)
-    gone = {(n, u) for n, c in result.plan.cuts.items() for u in c.removed}
-    assert (
-        gone
-        == set(
-            truth.nsmallest(len(gone), "rise")[["group", "unit"]].itertuples(index=False, name=None)
-        )
-        and result.verify() <= 1e-5
-    )
+    removed = set()
+    for name, cut in result.plan.cuts.items():
+        removed |= {(name, u) for u in cut.removed}
+    least = truth.nsmallest(len(removed), "rise")
+    assert removed == set(zip(least.group, least.unit))
+    assert result.verify() <= 1e-5
+
+
+def small_transformer(name):
+    if name == "vit":
+        net = torchvision.models.VisionTransformer(16, 8, 1, 2, 16, 24, num_classes=5)
+    else:
+        sizes = [4, 4], 8, [1, 1], [2, 4], [2, 2]
+        net = torchvision.models.SwinTransformer(*sizes, num_classes=5)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return net.eval()
 
 
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_attention(name):
-    "Heads and streams of torchvision's transformers: all gates say what the surgery does, or are measured by it."
-    import torchvision
-
+    """Gates on heads and streams of torchvision's transformers agree with the surgery."""
     torch.manual_seed(0)
-    make = dict(
-        vit=lambda: torchvision.models.VisionTransformer(16, 8, 1, 2, 16, 24, num_classes=5),
-        swin=lambda: torchvision.models.SwinTransformer(
-            [4, 4], 8, [1, 1], [2, 4], [2, 2], num_classes=5
-        ),
-    )
-    net = make[name]().eval()
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    data = [(torch.randn(4, 3, 16, 16), torch.randint(5, (4,)))]
-    table = unit_oracle(net, data, units=2, progress=False)
+    net = small_transformer(name)
+    x, y = torch.randn(4, 3, 16, 16), torch.randint(5, (4,))
+    table = unit_oracle(net, [(x, y)], units=2, progress=False)
     net.requires_grad_(False)
-    coupling, base = trace(net, data[0][0]), F.cross_entropy(net(data[0][0]), data[0][1])
+    coupling, base = trace(net, x), F.cross_entropy(net(x), y)
     assert set(table.group) == {g.name for g in coupling.groups}
     for r in table.itertuples():
-        assert float(
-            F.cross_entropy(coupling.plan({r.group: [r.unit]}).apply(net)(data[0][0]), data[0][1])
-            - base
-        ) == pytest.approx(r.rise, abs=2e-4)
+        pruned = coupling.plan({r.group: [r.unit]}).apply(net)
+        increase = float(F.cross_entropy(pruned(x), y) - base)
+        assert increase == pytest.approx(r.rise, abs=2e-4)
     for method in ("gate_obd", "taylor_second_order", "taylor_gate_example"):
-        assert all(
-            g.saliency.isfinite().all() and g.saliency.abs().max() > 0
-            for g in score(net, data, method, progress=False).groups.values()
-        )
+        for g in score(net, [(x, y)], method, progress=False).groups.values():
+            assert g.saliency.isfinite().all()
+            assert g.saliency.abs().max() > 0
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("oracle")
-    return execute(
-        folder,
-        "oracle",
-        model="lenet",
-        checkpoint=LENET,
-        samples=256,
-        ratios="0.5",
-        sets=5,
-        table=folder / "table.csv",
-    ), folder / "table.csv"
+    path = folder / "table.csv"
+    options = dict(model="lenet", checkpoint=LENET, samples=256, ratios="0.5", sets=5)
+    return execute(folder, "oracle", **options, table=path), path
 
 
 def test_notebook_puts_every_criterion_beside_the_truth(study):

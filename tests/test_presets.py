@@ -1,6 +1,7 @@
-"Every preset is one that the parameters accept, and one of each kind goes the whole way on a few fake images, through the code that papermill runs."
+"""Every preset is accepted, and one of each kind runs on a few fake images, as papermill runs it."""
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -17,32 +18,33 @@ from prune_nb.experiment.presets import PRESETS, from_preset
 from prune_nb.models import create_model
 from prune_nb.profile import latencies_ms
 
-UNIQUE = {n: p for n, p in PRESETS.items() if n == p.name}  # without names of old
+UNIQUE = {n: p for n, p in PRESETS.items() if n == p.name}  # without aliases
 
 
 def test_every_preset_is_accepted(monkeypatch):
-    monkeypatch.setattr(
-        "prune_nb.experiment.params.create_model", functools.cache(create_model)
-    )  # of the same name, for its shapes
+    cached = functools.cache(create_model)  # of the same name, for its shapes
+    monkeypatch.setattr("prune_nb.experiment.params.create_model", cached)
     for name, preset in UNIQUE.items():
         params = from_preset(PruneParams, name, dict(preset=name))
-        for k, v in preset.parameters.items():
-            assert getattr(params, k) == v, (name, k)
+        for key, value in preset.parameters.items():
+            assert getattr(params, key) == value, (name, key)
 
 
 def test_through_the_notebook():
     name = "eigendamage-vgg19-cifar100-90"
     params = guard(preset=name)
-    assert {k: getattr(params, k) for k in UNIQUE[name].parameters} == UNIQUE[
-        name
-    ].parameters and params.preset == name
+    for key, value in UNIQUE[name].parameters.items():
+        assert getattr(params, key) == value
+    assert params.preset == name
     assert guard(preset=name, ratio=0.6, epochs=3).ratio == 0.6
     with pytest.raises(UserError, match="Did you mean"):
         guard(preset="eigendamage-vgg19-cifar1000")
 
 
-# What presets differ in. One of each kind is run, the one that removes least, since networks are small here: narrower VGGs and DenseNets, fewer blocks of the same kind for the ResNets of CIFAR. On ImageNet's networks, methods
-# that need the same statistics are alike; each of them runs on another network, those of second order there alone.
+# One preset of each kind is run, the one that removes least, as networks are small here: narrower
+# VGGs and DenseNets, fewer blocks of the same kind for the ResNets of CIFAR. On ImageNet's networks,
+# methods that need the same statistics are alike; each of them runs on another network, those of
+# second order there alone.
 ALIKE = dict(resnet32="resnet20", resnet110="resnet56", resnet34="resnet18", resnet101="resnet50")
 SMALLER = dict(
     vgg16="vgg16x0.125",
@@ -58,19 +60,20 @@ SECOND = ("gate_obd", "taylor_second_order")  # a pass for every unit
 DEEPEST = "taylor-gate-resnet101-gates-75"
 
 
-def kind(p):
+def kind(p) -> tuple:
+    """Return what presets differ in."""
     method = find_method(p["method"]).needs if p["dataset"] == "imagenet" else p["method"]
     return (
         dataset_info(p["dataset"]).image_size,
         ALIKE.get(p["model"], p["model"]),
         method,
         "round_ratios" in p,
-        *(p.get(k) for k in ("schedule", "of", "how", "regrow", "lr_decay")),
+        *(p.get(key) for key in ("schedule", "of", "how", "regrow", "lr_decay")),
     )
 
 
 def small(p) -> dict:
-    "What makes a preset quick: a small network, sixteen images of its shape and classes, two steps."
+    """Return what makes a preset quick: a small network, sixteen images, two steps."""
     info = dataset_info(p["dataset"])
     side = SIDES.get(info.name, info.image_size)
     quick = dict(
@@ -88,25 +91,18 @@ def small(p) -> dict:
     if p.get("round_ratios"):
         quick |= dict(rounds=None, round_ratios=" ".join(p["round_ratios"].split()[:2]))
     if p["schedule"] == "gradual":
-        quick |= dict(
-            prune_every=1,
-            prune_units=None,
-            prune_epochs=1,
-            epochs=1 if p["dataset"] == "imagenet" else 2,
-        )
+        epochs = 1 if p["dataset"] == "imagenet" else 2
+        quick |= dict(prune_every=1, prune_units=None, prune_epochs=1, epochs=epochs)
     return quick
 
 
+def quickest_first(preset) -> tuple:
+    p = preset.parameters
+    return p["model"] in ALIKE, p["method"] in SECOND, p.get("ratio", 0), preset.name
+
+
 KINDS = {}
-for preset in sorted(
-    UNIQUE.values(),
-    key=lambda p: (
-        p.parameters["model"] in ALIKE,
-        p.parameters["method"] in SECOND,
-        p.parameters.get("ratio", 0),
-        p.name,
-    ),
-):
+for preset in sorted(UNIQUE.values(), key=quickest_first):
     KINDS.setdefault(kind(preset.parameters), preset)
 KINDS[DEEPEST] = PRESETS[DEEPEST]
 
@@ -120,55 +116,51 @@ def runs_dir(tmp_path_factory):
     "preset", sorted(KINDS.values(), key=lambda p: p.parameters["model"]), ids=lambda p: p.name
 )
 def test_runs_a_few_steps(preset, runs_dir, monkeypatch):
-    monkeypatch.setattr(
-        pruning, "latencies_ms", lambda models, inputs: latencies_ms(models, inputs[:1], 0, 1)
-    )
-    params = from_preset(
-        PruneParams,
-        preset.name,
-        small(preset.parameters) | dict(preset=preset.name, runs_dir=str(runs_dir)),
-    )
-    experiment = pruning.Experiment(params)
+    def one_reading(models, inputs):
+        return latencies_ms(models, inputs[:1], 0, 1)
+
+    monkeypatch.setattr(pruning, "latencies_ms", one_reading)
+    quick = small(preset.parameters) | dict(preset=preset.name, runs_dir=str(runs_dir))
+    experiment = pruning.Experiment(from_preset(PruneParams, preset.name, quick))
     experiment.baseline()
     experiment.prune()
     experiment.finetune()
     result = experiment.finish()
-    assert (
-        result["pruned"]["params"] < result["baseline"]["params"]
-        and result["finetuned"]["params"] == result["pruned"]["params"]
-    )
+    assert result["pruned"]["params"] < result["baseline"]["params"]
+    assert result["finetuned"]["params"] == result["pruned"]["params"]
     assert result["method"] == preset.parameters["method"]
 
 
 # ImageNet as a person has it: a folder of pictures, and weights as torchvision gives them
 
 
+def write_picture(path, seed, height):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
-    "A folder of three classes, pictures of several sizes."
+    """Return a folder of three classes, with pictures of several sizes."""
     root = tmp_path_factory.mktemp("data")
-    for n, (part, cls) in enumerate(
-        (part, cls) for part in ("train", "val") for cls in ("n01440764", "n01443537", "n01484850")
-    ):
-        (root / "imagenet" / part / cls).mkdir(parents=True)
+    classes = ("n01440764", "n01443537", "n01484850")
+    for n, (part, name) in enumerate(itertools.product(("train", "val"), classes)):
+        folder = root / "imagenet" / part / name
+        folder.mkdir(parents=True)
         for i in range(6 if part == "train" else 2):
-            Image.fromarray(
-                np.random.default_rng(10 * n + i).integers(
-                    0, 256, (70 + 5 * i, 90, 3), dtype=np.uint8
-                )
-            ).save(root / "imagenet" / part / cls / f"{i}.JPEG")
+            write_picture(folder / f"{i}.JPEG", 10 * n + i, 70 + 5 * i)
     return root
 
 
-def weights_of_old(path, classes):
-    "A state dict as torchvision wrote them once, without counts of batches."
+def old_weights(path, classes) -> dict:
+    """Write a state dict as torchvision once did, without counts of batches; return all of it."""
     state = create_model("resnet18", classes, image_size=224, seed=0).state_dict()
     torch.save({k: v for k, v in state.items() if "num_batches" not in k}, path)
     return state
 
 
 def test_imagenet_folder_and_weights_from_a_file(imagenet, runs_dir, tmp_path):
-    state = weights_of_old(tmp_path / "resnet18.pth", 3)
+    state = old_weights(tmp_path / "resnet18.pth", 3)
     explicit = dict(
         preset="sfp-tuned-resnet18-imagenet-30",
         checkpoint=str(tmp_path / "resnet18.pth"),
@@ -181,24 +173,23 @@ def test_imagenet_folder_and_weights_from_a_file(imagenet, runs_dir, tmp_path):
         device="cpu",
     )
     experiment = pruning.Experiment(from_preset(PruneParams, explicit["preset"], explicit))
-    for k, v in experiment.baseline().state_dict().items():
-        assert torch.equal(v, state[k])
+    for name, value in experiment.baseline().state_dict().items():
+        assert torch.equal(value, state[name])
     experiment.prune()
-    assert experiment.stages["pruned"]["params"] < experiment.stages["baseline"][
-        "params"
-    ] and experiment.data.example.shape == (1, 3, 224, 224)
+    assert experiment.stages["pruned"]["params"] < experiment.stages["baseline"]["params"]
+    assert experiment.data.example.shape == (1, 3, 224, 224)
 
 
 def test_weights_for_other_classes_are_refused(imagenet, tmp_path):
-    weights_of_old(tmp_path / "resnet18.pth", 1000)
+    old_weights(tmp_path / "resnet18.pth", 1000)
     explicit = dict(
         checkpoint=str(tmp_path / "resnet18.pth"),
         data_dir=str(imagenet),
         runs_dir=str(tmp_path / "runs"),
         device="cpu",
     )
-    with pytest.raises(
-        UserError, match="is of the same network with 1000 classes, these data have 3"
-    ):
-        pruning.Experiment(from_preset(PruneParams, "sfp-tuned-resnet18-imagenet-30", explicit))
+    params = from_preset(PruneParams, "sfp-tuned-resnet18-imagenet-30", explicit)
+    sentence = "is of the same network with 1000 classes, these data have 3"
+    with pytest.raises(UserError, match=sentence):
+        pruning.Experiment(params)
     assert not (tmp_path / "runs").exists()

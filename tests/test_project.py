@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 from parameters_cells import EXPERIMENTS
 
-from prune_nb.experiment.params import PruneParams, parameters_cell
+from prune_nb.experiment.params import PruneParams, default_source, parameters_cell
 
 NOTEBOOKS = [
     p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts
@@ -104,7 +104,8 @@ def test_papermill_lists_every_parameter_with_type_and_help(name):
     assert "Unknown type" not in done.stdout
     assert "Unable to parse" not in done.stdout + done.stderr
     for f in fields(EXPERIMENTS[name]):
-        assert f"  {f.name}: {f.type.__name__} (default {f.default!r})" in done.stdout
+        default = default_source(f.default)
+        assert f"  {f.name}: {f.type.__name__} (default {default})" in done.stdout
         assert f.metadata["help"] in done.stdout
 
 

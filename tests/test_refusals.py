@@ -1,4 +1,4 @@
-"Bad input: one sentence with the valid choices, exit status 1, nothing written but the executed notebook."
+"""Bad input: one sentence with the valid choices, exit status 1, nothing written besides."""
 
 import pytest
 import torch
@@ -9,12 +9,11 @@ from prune_nb.experiment.params import PruneParams
 from prune_nb.experiment.pruning import Experiment
 from prune_nb.models import create_model
 
-OFFLINE = dict.fromkeys(
-    ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"),
-    "http://127.0.0.1:9",
-) | dict(no_proxy="", NO_PROXY="")
+PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+OFFLINE = dict.fromkeys(PROXIES, "http://127.0.0.1:9") | dict(no_proxy="", NO_PROXY="")
 
-# name: (parameters, what the sentence says); FILE is a regular file, PICKLE a whole model by torch.save, BASELINE a run folder of a LeNet, NOWHERE a folder that does not exist
+# name -> (parameters, part of the sentence). FILE is a regular file, PICKLE a whole model written by
+# torch.save, BASELINE a run folder of a LeNet, NOWHERE a folder that does not exist.
 REFUSED = {
     "unknown parameter": (
         dict(ratoi=0.5),
@@ -26,11 +25,13 @@ REFUSED = {
     ),
     "model": (
         dict(model="resnet21"),
-        "Invalid model 'resnet21'. Did you mean 'resnet32'? Valid: vgg16, vgg19, resnet8, resnet20, ",
+        "Invalid model 'resnet21'. Did you mean 'resnet32'? "
+        "Valid: vgg16, vgg19, resnet8, resnet20, ",
     ),
     "data set": (
         dict(dataset="cifar"),
-        "Invalid dataset 'cifar'. Did you mean 'cifar10'? Valid: digits, cifar10, cifar100, tiny_imagenet, imagenet, fake.",
+        "Invalid dataset 'cifar'. Did you mean 'cifar10'? "
+        "Valid: digits, cifar10, cifar100, tiny_imagenet, imagenet, fake.",
     ),
     "ratio": (dict(ratio=1), "Invalid ratio 1.0. Valid: a number in [0, 1)"),
     "checkpoint of another architecture": (dict(checkpoint="BASELINE"), "is of another network ("),
@@ -46,58 +47,60 @@ REFUSED = {
         dict(model="lenet", pretrain_epochs=1, runs_dir="/proc/runs"),
         "Cannot write to runs_dir '/proc/runs'",
     ),
-    "loss that is no number": (
+    "loss that is not a number": (
         dict(model="lenet", checkpoint="BASELINE", lr=1e9, epochs=2, samples=128),
         "Lower the learning rate.",
     ),
     "data set that is nowhere": (dict(dataset="cifar10", data_dir="NOWHERE"), "cifar10 is not in "),
-    "pretrain: loss that is no number": (
+    "pretrain: loss that is not a number": (
         dict(notebook="pretrain", model="lenet", lr=1e9, epochs=1),
         "Lower the learning rate.",
     ),
 }
 
 
+def with_paths(parameters, paths) -> dict:
+    """Return parameters with paths in the place of their names."""
+    found = {}
+    for key, value in parameters.items():
+        for name, path in paths.items():
+            if isinstance(value, str):
+                value = value.replace(name, path)
+        found[key] = value
+    return found
+
+
 @pytest.fixture(scope="module")
 def refusals(baseline, pool, tmp_path_factory):
-    "All of `REFUSED` through papermill, two at a time."
+    """Run all of `REFUSED` through papermill, two at a time."""
     given = tmp_path_factory.mktemp("given")
     torch.save(create_model("resnet20", 10, 1, 8), given / "model.pt")
-    places = dict(
+    paths = dict(
         BASELINE=str(baseline),
         PICKLE=str(given / "model.pt"),
         FILE=str(baseline / "params.json"),
         NOWHERE=str(given / "none"),
     )
-
-    def place(value):
-        for name, path in places.items():
-            value = value.replace(name, path) if isinstance(value, str) else value
-        return value
-
-    start = lambda parameters: pool.submit(
-        execute,
-        tmp_path_factory.mktemp("refused"),
-        environment=OFFLINE,
-        **{k: place(v) for k, v in parameters.items()},
-    )
-    return {name: start(parameters) for name, (parameters, _) in REFUSED.items()} | dict(
-        given=given
-    )
+    found = dict(given=given)
+    for name, (parameters, _) in REFUSED.items():
+        folder = tmp_path_factory.mktemp("refused")
+        found[name] = pool.submit(
+            execute, folder, environment=OFFLINE, **with_paths(parameters, paths)
+        )
+    return found
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_through_papermill(refusals, name):
     done, sentence = refusals[name].result(), REFUSED[name][1]
-    assert done.returncode == 1 and sentence in done.stderr
+    assert done.returncode == 1
+    assert sentence in done.stderr
     errors = [o for o in done.outputs if o.output_type == "error"]
-    assert [(e.ename, len(e.traceback)) for e in errors] == [
-        ("UserError", 1)
-    ] and "\n" not in errors[0].evalue
+    assert [(e.ename, len(e.traceback)) for e in errors] == [("UserError", 1)]
+    assert "\n" not in errors[0].evalue
     assert [p for p in done.path.parent.rglob("*") if p.is_file()] == [done.path]
-    assert not [p for p in done.runs.glob("*")] and [
-        p.name for p in refusals["given"].iterdir()
-    ] == ["model.pt"]
+    assert not [*done.runs.glob("*")]
+    assert [p.name for p in refusals["given"].iterdir()] == ["model.pt"]
 
 
 @pytest.mark.parametrize(
@@ -143,19 +146,16 @@ def test_refused_through_papermill(refusals, name):
 def test_refused_by_the_guard(parameters, sentence):
     with pytest.raises(UserError) as refusal:
         guard(**parameters)
-    assert sentence in str(refusal.value) and "\n" not in str(refusal.value)
+    assert sentence in str(refusal.value)
+    assert "\n" not in str(refusal.value)
 
 
 def test_guard_lets_good_input_through():
     assert guard() == PruneParams().validated()
-    assert guard(ratio=0, seed=3).ratio == 0.0 and guard(checkpoint="", epochs=None).epochs == 30
-    preset = guard(preset="eigendamage-vgg19-cifar10", ratio=0.75)
-    assert (preset.model, preset.dataset, preset.ratio, preset.of) == (
-        "vgg19",
-        "cifar10",
-        0.75,
-        "units",
-    )
+    assert guard(ratio=0, seed=3).ratio == 0.0
+    assert guard(checkpoint="", epochs=None).epochs == 30
+    p = guard(preset="eigendamage-vgg19-cifar10", ratio=0.75)
+    assert (p.model, p.dataset, p.ratio, p.of) == ("vgg19", "cifar10", 0.75, "units")
     assert guard("pretrain", dataset="cifar10", epochs=1).epochs == 1
 
 
@@ -169,12 +169,9 @@ def test_guard_lets_good_input_through():
     ids=str,
 )
 def test_refused_later_leaves_no_run(baseline, tmp_path, parameters, sentence):
-    params = PruneParams(
-        **dict(
-            model="lenet", checkpoint=str(baseline), samples=128, runs_dir=str(tmp_path / "runs")
-        )
-        | parameters
-    ).validated()
+    quick = dict(model="lenet", checkpoint=str(baseline), samples=128)
+    quick |= dict(runs_dir=str(tmp_path / "runs"))
+    params = PruneParams(**quick | parameters).validated()
     with pytest.raises(UserError, match=sentence):
         experiment = Experiment(params)
         experiment.baseline()
@@ -183,7 +180,7 @@ def test_refused_later_leaves_no_run(baseline, tmp_path, parameters, sentence):
 
 
 def test_refusal_removes_nothing_that_was_there(baseline, tmp_path):
-    "A run_name and resume that point at a folder which is no run."
+    """Point run_name and resume at a folder that is not a run."""
     (tmp_path / "runs/mine").mkdir(parents=True)
     (tmp_path / "runs/mine/notes.txt").write_text("not to be lost")
     params = PruneParams(
