@@ -184,8 +184,8 @@ def main(paths: list[str]) -> bool:
         figures = summary(given, [p for p in given if p.suffix == ".ipynb"])
         print("\n".join(figures["places"]))
         return report(figures)
-    code = [p for p in sorted((ROOT / "prune_nb").rglob("*.py")) if p.name != "_modidx.py"]
-    figures = summary(code, sorted((ROOT / "nbs").rglob("*.ipynb")))
+    notebooks = sorted((ROOT / "nbs").rglob("*.ipynb"))
+    figures = summary(notebooks, notebooks)
     figures["README words"] = len((ROOT / "README.md").read_text().split())
     return report(figures)
 

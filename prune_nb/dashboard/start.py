@@ -73,34 +73,29 @@ class ExploreParams(PathParams):
 
     run: str = param(
         "",
-        "a run to look at, by its name in runs_dir or its folder; "
-        "empty: the network that the next lines name",
+        "a run to look at: its name in runs_dir or its folder; empty: the network below",
     )
     model: str = param(
         "resnet20",
-        "network: one of prune_nb.models, with a width as in resnet32x4, "
-        "or any torchvision classification name",
+        "a network of prune_nb.models, as resnet32x4, or of torchvision",
     )
     dataset: str = param(
         None,
-        f"data set: {' | '.join(DATASETS)}; "
-        "None: digits, and example inputs alone for a torchvision name",
+        f"{' | '.join(DATASETS)}; None: digits, or inputs alone",
         DATASETS,
     )
     checkpoint: str = param(
         "",
-        "trained weights: a run folder or a .safetensors file; "
-        "empty: shipped, trained before, or trained now",
+        "trained weights, a run folder or a file; empty: shipped, or trained now",
     )
     pretrain_epochs: int = param(
         None,
-        "epochs of the network's training; None: 10 for digits, else the data set's recipe",
+        "epochs of the network's training; None: 10 for digits, else the recipe's",
         positive(),
     )
     method: str = param(
         None,
-        "how saliency is measured at first; "
-        "None: eigendamage, or l1 where there are only example inputs",
+        "shown first; None: eigendamage, or l1 for example inputs alone",
         METHODS,
         method_ids,
     )
