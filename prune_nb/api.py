@@ -17,12 +17,12 @@ from torch import nn
 
 from .budgets.allocation import allocate, check_budget
 from .core import UserError, untouched
-from .costs.latency import Latency, latency_table
-from .criteria.core import Scores, collector_of, register, score
+from .costs.kinds import Cost, find_cost
+from .criteria.core import Scores, collector_of, register, renamed, score
 from .nested import FirstExamples, first_example, is_example
 from .profile import compare
 from .recovery.refit import refit as refit_plan
-from .surgery.channels import kept
+from .surgery.channels import kept_positions
 from .surgery.export import export, load, save
 from .surgery.plan import Plan
 from .surgery.verify import verify
@@ -126,7 +126,7 @@ def share_buffers(masked: nn.Module, small: nn.Module, removed: dict):
             own[name].copy_(buffer)
             continue
         shape = enumerate(own[name].shape)
-        remaining = [kept(size, positions.get(dim, [])) for dim, size in shape]
+        remaining = [kept_positions(size, positions.get(dim, [])) for dim, size in shape]
         own[name][np.ix_(*remaining)] = buffer
 
 # %% ../nbs/lib/10_api/01_api.ipynb #7e0bac45
@@ -180,25 +180,14 @@ def check_data(data: object, method: str):
             "pass a DataLoader, or a list of (inputs, targets), not a generator."
         )
 
-# %% ../nbs/lib/10_api/01_api.ipynb #1c3e4fa2
-def _renamed(name: str, value: object, old_name: str, old_value: object, default: object) -> object:
-    "Return the value of an argument that may also be given under its old name."
-    if old_value is None:
-        return value
-    if value not in (default, old_value):
-        raise UserError(
-            f"{old_name} is the old name of {name}: give one of them, "
-            f"not {name}={value!r} and {old_name}={old_value!r}."
-        )
-    return old_value
-
 # %% ../nbs/lib/10_api/01_api.ipynb #615042a0
+@renamed(of="cost", how="strategy")
 def prune(
     model: nn.Module,  # untouched
     data: object,  # DataLoader or list of (inputs, targets); for some methods example inputs
     method: str = "eigendamage",  # a registered method, see `methods_table`
     ratio: float = 0.5,  # fraction removed, in [0, 1)
-    cost: str = "macs",  # of what: units | params | macs | latency
+    cost: str | Cost = "macs",  # of what: units | params | macs | latency, or a `Cost`
     cap: float = 0.95,  # largest share of a layer's directions, per side, or of a group's units
     samples: int | None = None,  # examples for the statistics; None: all
     fisher: str = "mc",  # labels for the gradients of K-FAC: mc | exact | empirical
@@ -209,20 +198,16 @@ def prune(
     normalization: str | None = None,  # of a group: none | mean | sum | max | norm; None: by method
     progress: bool = True,
     strategy: str | None = None,  # global | per_cost | uniform | multiplier; None: by method
-    table: Latency | None = None,  # of `latency_table`; None: measured for one example if needed
+    table: object = None,  # of `latency_table`; None: measured for one example where needed
     refit: bool = False,  # whether factorised layers are fitted again to the dense outputs
-    *,
-    of: str | None = None,  # old name of `cost`
-    how: str | None = None,  # old name of `strategy`
 ) -> Result:
     """Return a smaller copy of `model`, with the least salient parts removed.
 
     The copy computes what `model` computes with those parts silenced, and is compared with it.
+    `of` and `how`, the old names of `cost` and `strategy`, are accepted as keywords.
     Raises `UserError` for bad input and for a budget that cannot be met, with the reachable range;
     `VerificationError` if the surgery were not exact.
     """
-    cost = _renamed("cost", cost, "of", of, "macs")
-    strategy = _renamed("strategy", strategy, "how", how, None)
     check_budget(ratio, cost)
     if refit:
         _check_refit(method)
@@ -231,8 +216,9 @@ def prune(
         model, data, method, samples, fisher, loss, seed, ignore, reduction, normalization, progress
     )
     example = first_example(data)
-    if cost == "latency" and table is None:
-        table = latency_table(model, example, scores, progress=progress)
+    kind = find_cost(cost, table)
+    if kind.needs_table and kind.table is None:
+        table = kind.measure(model, example, scores, progress=progress)
     plan = allocate(scores, ratio, cost, cap, strategy, table=table)
     if refit:
         plan = refit_plan(model, plan, data, samples, progress=progress, scores=scores)

@@ -23,6 +23,8 @@ def cleaned(output: dict) -> dict:
     data = output.get("data", {})
     for kind in UNWANTED:
         data.pop(kind, None)
+    if "<progress" in data.get("text/html", ""):
+        data.clear()
     if IMAGES & data.keys():
         data.pop("text/html", None)
         data.pop("text/plain", None)

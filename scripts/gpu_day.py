@@ -34,7 +34,7 @@ from prune_nb.data import dataset_info, load_data  # noqa: E402
 from prune_nb.models import create_model  # noqa: E402
 from prune_nb.profile import count_macs, count_params, latencies_ms  # noqa: E402
 from prune_nb.recovery.refit import refit  # noqa: E402
-from prune_nb.runs import log, open_run, rewind, seconds, timed, versions  # noqa: E402
+from prune_nb.runs import log, open_run, phase_seconds, rewind, time_phase, versions  # noqa: E402
 from prune_nb.surgery.export import load, load_weights, save  # noqa: E402
 from prune_nb.surgery.verify import exact_float32  # noqa: E402
 from prune_nb.train import evaluate, fit, refresh_bn, training_loss  # noqa: E402
@@ -236,7 +236,7 @@ def train(job, run, phase, model, data, stage, loss):
     done = len(load_tensors(state)[1]["history"]) if state.exists() else 0
     rewind(run, phase, done)
     schedule = getattr(stage, "lr_schedule", "one_cycle")
-    with timed(run, phase):
+    with time_phase(run, phase):
         fit(
             model, data.train, stage.epochs, stage.lr, data.val, schedule, stage.weight_decay,
             seed=stage.seed, state=state, loss=loss, label=job.name,
@@ -256,7 +256,7 @@ def train_baseline(stage, job):
         load_weights(model, run.folder)
         figures = dict(id=run.id, model=stage.model, dataset=stage.dataset, seed=stage.seed)
         figures |= measured(model, data) | dict(accuracy_float32=exact)
-        figures |= dict(seconds=seconds(run.folder), device=card(job.device))
+        figures |= dict(seconds=phase_seconds(run.folder), device=card(job.device))
         save_json(run.path("result.json"), figures)
     finally:
         run.close()
@@ -280,15 +280,15 @@ def cut_down(stage, job, dense, baseline, run):
     """Score, allocate, refit and apply the plan; log the seconds of each."""
     images = job.data(baseline, batch_size=128).train.plain(stage.samples)
     seed = derived_seed(stage.seed, "labels")
-    with timed(run, "score"):
+    with time_phase(run, "score"):
         scores = score(dense, images, stage.method, seed=seed)
-    with timed(run, "allocate"):
+    with time_phase(run, "allocate"):
         plan = allocate(scores, stage.ratio, cost=stage.of)
     if stage.refit:
-        with timed(run, "refit"):
+        with time_phase(run, "refit"):
             some = images.plain(stage.refit_samples)
             plan = refit(dense, plan, some, scores=on_device(scores, job.device))
-    with timed(run, "surgery"):
+    with time_phase(run, "surgery"):
         example = next(iter(images))[0][:1]
         result = apply_plan(dense, plan, scores, images, example)
     return result
@@ -319,7 +319,7 @@ def prune_baseline(stage, job):
         save(model, run.folder)
         figures = dict(id=run.id, model=baseline.model, dataset=baseline.dataset)
         figures |= dict(baseline=measured(dense, data), pruned=pruned)
-        figures |= dict(finetuned=measured(model, data), seconds=seconds(run.folder))
+        figures |= dict(finetuned=measured(model, data), seconds=phase_seconds(run.folder))
     finally:
         run.close()
     return figures

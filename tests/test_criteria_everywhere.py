@@ -18,7 +18,7 @@ import prune_nb.criteria.methods  # noqa: F401  (which registers all)
 from prune_nb.budgets.allocation import allocate
 from prune_nb.core import UserError
 from prune_nb.criteria.core import METHODS, collector_of, score
-from prune_nb.curvature.kfac import batch_size
+from prune_nb.nested import batch_size
 
 CHANNELS = [m for m in METHODS if collector_of(m).ranks == "groups"]
 SPREAD = [

@@ -20,7 +20,7 @@ from prune_nb.criteria.obd import damped_inverse, mixture, row_losses
 from prune_nb.curvature.kfac import collect
 from prune_nb.models import create_model
 from prune_nb.surgery.menu import selection_losses
-from prune_nb.surgery.plan import composed, load_plan, save_plan
+from prune_nb.surgery.plan import compose, load_plan, save_plan
 from prune_nb.surgery.quadratic import metric
 from prune_nb.surgery.tucker import tucker
 from prune_nb.surgery.verify import max_relative_difference
@@ -427,7 +427,7 @@ def test_updated_networks_are_exact(net, method, tmp_path):
     assert again.predicted_loss_change == pytest.approx(plan.predicted_loss_change)
     with expected_warning(net):
         second = allocate(score(once, data, method, progress=False), 0.2)
-    both = composed(plan, second, model)
+    both = compose(plan, second, model)
     assert_same(both.apply(model), second.apply(once), x)
     assert_same(both.masked(model), both.apply(model), x)
 

@@ -15,6 +15,7 @@ import pandas as pd
 from torch import nn
 
 from ..core import UserError, one_of
+from .latency import latency_table
 from ..surgery.factorize import ALL_FORMS, FORMS, LayerShape, form_cost
 
 # %% ../../nbs/lib/06_costs/03_kinds.ipynb #0582a74d
@@ -277,8 +278,6 @@ class Milliseconds(Cost):
         **options,  # of `latency_table`: folder, measure, progress
     ) -> Any:
         """Measure the table for these scores."""
-        from prune_nb.costs.latency import latency_table
-
         return latency_table(model, inputs, scores, **options)
 
     def check(self):

@@ -15,7 +15,7 @@ import torch
 
 from ..core import UserError, load_tensors, save_tensors
 from ..costs.counts import Costs
-from ..surgery.channels import Group, packed, unpacked
+from ..surgery.channels import Group, pack_positions, unpack_positions
 from ..surgery.factorize import LayerShape
 
 # %% ../../nbs/lib/07_criteria/01_scores.ipynb #506d3e44
@@ -49,7 +49,8 @@ class LayerScores:
 
     def predicted(self, rows: list, cols: list) -> float:
         """Return the predicted increase in loss when only these rows and columns are kept."""
-        return float(self.saliency.sum() - self.saliency[rows][:, cols].sum())
+        lost = float(self.saliency.sum() - self.saliency[rows][:, cols].sum())
+        return max(0.0, lost)  # a difference of equal sums may round to less
 
 # %% ../../nbs/lib/07_criteria/01_scores.ipynb #832fff0b
 @dataclass
@@ -93,7 +94,7 @@ def pack_group(group: Group) -> list:
     """Return a group as plain data: [units, member -> {dimension: packed positions}]."""
     members = {}
     for name, dims in group.members.items():
-        members[name] = {d: packed(at) for d, at in dims.items()}
+        members[name] = {d: pack_positions(at) for d, at in dims.items()}
     return [group.units, members]
 
 
@@ -101,7 +102,7 @@ def unpack_group(name: str, units: int, members: dict) -> Group:
     """Return the group that `pack_group` wrote."""
     found = {}
     for member, dims in members.items():
-        found[member] = {int(d): unpacked(at, units) for d, at in dims.items()}
+        found[member] = {int(d): unpack_positions(at, units) for d, at in dims.items()}
     return Group(name, units, found)
 
 # %% ../../nbs/lib/07_criteria/01_scores.ipynb #2140d3f8

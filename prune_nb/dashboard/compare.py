@@ -28,14 +28,13 @@ from ..core import UserError, one_of
 from ..criteria.core import Scores, load_scores
 from ..criteria.oracle import layer_oracle
 from .table import Table
-from .view import View, live, short
+from .view import View, live_chart, short_number
 from ..data import DATASETS
 from prune_nb.figures import (
+    FROZEN_COLOUR,
     GROUPS,
-    KEPT,
     NEUTRAL,
     REMOVED,
-    STAYS_COLOUR,
     coupled_cells,
     predicted_measured,
 )
@@ -220,7 +219,7 @@ def _bars(layers, dense, network, groups) -> list:
     full = [old[n][-1] for n in layers]
     left = [min(new[n][1:]) if n in new else 0 for n in layers]
     number, why = zip(*(groups.get(n, (None, "")) for n in layers)) if layers else ((), ())
-    colours = [STAYS_COLOUR if g is None else GROUPS[g % len(GROUPS)] for g in number]
+    colours = [FROZEN_COLOUR if g is None else GROUPS[g % len(GROUPS)] for g in number]
     hover = [
         f"<b>{n}</b><br>was {' → '.join(map(str, old[n]))}<br>is {' → '.join(map(str, new.get(n, ['gone'])))}<br>{html.escape(w)}"
         for n, w in zip(layers, why)
@@ -443,7 +442,7 @@ class Compare(View):
         self.rows, self.charts = Table(self.layers.iloc[:0], height=560), {}
         self.frame = W.VBox(layout=dict(max_height="640px", overflow="auto", width="100%"))
         self.arrange(self.pages, self.options, self.about, self.rows, self.frame)
-        self.guarded(self.show)()
+        self.guard(self.show)()
 
     @property
     def page(self) -> str:
@@ -547,11 +546,14 @@ def summary(self: Compare) -> str:
     said = [
         f"{s.name}: "
         + ", ".join(
-            f"{short(t[f'{s.name}: {c}'])} {c} ({t[f'{s.name}: {c} kept']:.1%})" for c in costs
+            f"{short_number(t[f'{s.name}: {c}'])} {c} ({t[f'{s.name}: {c} kept']:.1%})"
+            for c in costs
         )
         for s in self.sides
     ]
-    return "dense: " + ", ".join(f"{short(t[c])} {c}" for c in costs) + "; " + "; ".join(said)
+    return (
+        "dense: " + ", ".join(f"{short_number(t[c])} {c}" for c in costs) + "; " + "; ".join(said)
+    )
 
 
 Compare.picture, Compare.summary = picture, summary
@@ -594,7 +596,7 @@ def show(self: Compare):
                 fig.layout.title.text,
             )
     elif page != "network" or page not in self.charts:
-        self.charts[page] = live(fig)
+        self.charts[page] = live_chart(fig)
     self.chart = self.charts[page]
     self.frame.children = (self.chart,) if len(fig.data) else ()
     self.tell(about)

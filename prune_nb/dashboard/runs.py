@@ -25,7 +25,7 @@ from plotly.subplots import make_subplots
 
 from ..core import UserError, one_of
 from .table import Table
-from .view import View, live, refill
+from .view import View, live_chart, refill
 from ..experiment.pruning import stages_table
 from ..figures import GROUPS, NEUTRAL
 from ..runs import RESULT, project_root, read_metrics
@@ -462,15 +462,15 @@ class Runs(View):
         self.lock = threading.RLock()
         self.stopped = threading.Event()
         self.table = Table(self.frame[[*SHOWN]], SHOWN, ticks=True, height=260)
-        self.chart = live(tradeoff(self.frame))
-        self.lines = live(curves([]))
+        self.chart = live_chart(tradeoff(self.frame))
+        self.lines = live_chart(curves([]))
         self.panel = W.HTML()
         self._make_controls()
         for trait in ("opened", "selected"):
             self.on(self.table, self.show, trait)
         controls = W.VBox([self.filters, self.axes])
         self.arrange(controls, self.table, self.chart, self.panel, self.lines)
-        self.guarded(self.refresh)()
+        self.guard(self.refresh)()
 
     def _make_controls(self):
         """Make the filters and the choice of axes."""
@@ -575,7 +575,7 @@ class Runs(View):
         except UserError as e:
             now = str(e)
         if now != self.stamps:
-            self.guarded(self.refresh)()
+            self.guard(self.refresh)()
         self.stamps = now
 
     def watch(self):

@@ -36,7 +36,7 @@ from prune_nb.experiment.params import (
     PathParams,
     PretrainParams,
     PruneParams,
-    checked,
+    check_value,
     param,
     positive,
     torch_device,
@@ -129,7 +129,7 @@ class ExploreParams(PathParams):
     def validated(self) -> "ExploreParams":
         """Check every value and fill in the data set. Raise a `UserError` for a bad one."""
         for f in fields(self):
-            setattr(self, f.name, checked(f, getattr(self, f.name)))
+            setattr(self, f.name, check_value(f, getattr(self, f.name)))
         torch_device(self.device)
         if self.run:
             return self

@@ -22,16 +22,16 @@ from ..core import Progress, UserError, check_count, check_finite, untouched
 from prune_nb.curvature.kernels import (
     Geometry,
     as_images,
-    assembled,
+    assemble,
     geometry,
     input_sums,
-    padded,
+    materialize_padding,
     patch_sum,
 )
 from ..nested import FirstExamples, count_inputs, is_example, to_device
 from ..profile import call, device_of
-from ..surgery.channels import kept
-from ..surgery.factorize import FactorizedKernel, fill_factors, kernel
+from ..surgery.channels import kept_positions
+from ..surgery.factorize import FactorizedKernel, kernel, set_kernel
 from ..surgery.plan import Plan, ReplaceKernel
 from ..train import refresh_bn
 
@@ -59,7 +59,7 @@ def cross_products(
     geo: Geometry,
 ) -> torch.Tensor:
     "Return the sum over examples and output positions of y times the patch read there, C_out x D."
-    z, geo = padded(z, geo)
+    z, geo = materialize_padding(z, geo)
     z = F.pad(z, geo.padding)
     weight = y.new_empty(1).expand(y.shape[1], z.shape[1], *geo.kernel)
     where = geo.stride, [0, 0], geo.dilation, False, [0, 0], 1
@@ -100,7 +100,7 @@ class Moments:
 
     def means(self, bias: torch.Tensor | None = None, centred: bool = False) -> tuple:
         "Return A and C: of y without the bias, or, where `centred`, about the means of z and y."
-        A = assembled(self.gram, self.geo)[0] / self.n
+        A = assemble(self.gram, self.geo)[0] / self.n
         C = self.cross / self.n
         z = self.z / self.n
         if centred:
@@ -139,7 +139,7 @@ def nearest_matrix(
     M = present + torch.cholesky_solve((C - present @ A).mT, L).mT
     if rank >= len(M):
         return identity, M
-    root = identity if root is None else root
+    root = identity if root is None else root.to(A)
     U = torch.linalg.svd(root @ M @ L, full_matrices=False).U[:, :rank]
     back, turn = torch.linalg.qr(torch.linalg.solve(root, U))
     return back, turn @ U.mT @ root @ M
@@ -230,7 +230,7 @@ def remaining_rows(model: nn.Module, removed: dict, name: str) -> torch.Tensor:
     "Return the output channels that a layer keeps when `Plan.removed` is cut."
     n_out = len(model.get_submodule(name).weight)
     cut_rows = removed.get(f"{name}.weight", {}).get(0, [])
-    return torch.from_numpy(kept(n_out, cut_rows))
+    return torch.from_numpy(kept_positions(n_out, cut_rows))
 
 
 def reason_to_keep(
@@ -409,7 +409,7 @@ def refit(
             check_moments(name, A, C)
             root = output_metric_root(scores, name, rows[name])
             factors = solve_factors(parts, layer.form, A, C, ridge, root)
-            fill_factors(parts, parts[-1], factors)
+            set_kernel(parts, parts[-1], factors)
             kernels[name] = factors
             ranks = list(factors.ranks)
             layers[name] = ReplaceKernel(layer.form, ranks, layer.weight, layer.predicted)

@@ -29,9 +29,10 @@ from prune_nb.core import (
     write_atomic,
 )
 from ..models import read_weights
+from ..nested import map_leaves, tensors_in
 from ..profile import attention_fastpath_off
 from .plan import OLD_FORMAT, load_plan
-from .verify import VerificationError, max_relative_difference, tensors_in
+from .verify import VerificationError, max_relative_difference
 
 # %% ../../nbs/lib/05_surgery/12_export.ipynb #c8268d4e
 def _mismatches(own: dict, tensors: dict) -> tuple:
@@ -134,16 +135,6 @@ def load(
         )
     return load_weights(plan.empty(model_fn()), folder)
 
-# %% ../../nbs/lib/05_surgery/12_export.ipynb #4ac766af
-def _map_leaves(function: Callable, inputs: object) -> object:
-    """Return nested dicts, lists and tuples with every leaf replaced by `function` of it."""
-    if isinstance(inputs, Mapping):
-        return {k: _map_leaves(function, v) for k, v in inputs.items()}
-    if not isinstance(inputs, (tuple, list)):
-        return function(inputs)
-    mapped = [_map_leaves(function, v) for v in inputs]
-    return type(inputs)(*mapped) if hasattr(inputs, "_fields") else type(inputs)(mapped)
-
 # %% ../../nbs/lib/05_surgery/12_export.ipynb #2f07fe79
 def _batch_size(inputs: object) -> int:
     """Return the length of the first dimension of the first tensor that has one."""
@@ -168,7 +159,7 @@ def _resize_batch(inputs: object, n: int) -> object:
     def resized(leaf: object) -> object:
         return leaf[torch.arange(n) % size] if _has_batch(leaf, size) else leaf
 
-    return _map_leaves(resized, inputs)
+    return map_leaves(resized, inputs)
 
 # %% ../../nbs/lib/05_surgery/12_export.ipynb #3b3b61e5
 def _split_call(inputs: object) -> tuple:
@@ -186,7 +177,7 @@ def _trace_program(model: nn.Module, inputs: object) -> torch.export.ExportedPro
     def dimensions(leaf: object) -> dict | None:
         return {0: batch} if _has_batch(leaf, size) else None
 
-    shapes = _map_leaves(dimensions, kwargs or args)
+    shapes = map_leaves(dimensions, kwargs or args)
     return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
 
 # %% ../../nbs/lib/05_surgery/12_export.ipynb #0694bfc8
@@ -307,7 +298,7 @@ def export(
         warnings.catch_warnings(action="ignore"),
         tempfile.TemporaryDirectory() as folder,
     ):
-        inputs, on_cpu = _map_leaves(_on_cpu, example_inputs), copy.deepcopy(model).cpu().eval()
+        inputs, on_cpu = map_leaves(_on_cpu, example_inputs), copy.deepcopy(model).cpu().eval()
         _batch_size(inputs)  # raises before anything is traced
         written = Path(folder) / path.name
         reloaded = _write(writer, on_cpu, inputs, written)

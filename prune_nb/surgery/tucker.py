@@ -12,14 +12,14 @@ from typing import NamedTuple
 import torch
 
 from ..core import UserError
-from ..curvature.eigen import signed
+from ..curvature.eigen import fix_signs
 from .factorize import FactorizedKernel
 from .quadratic import Metric, metric
 
 # %% ../../nbs/lib/05_surgery/05_tucker.ipynb #3aa55162
 def _leading_vectors(unfolded: torch.Tensor, r: int = None) -> torch.Tensor:
     """Return the `r` leading left singular vectors of a matrix; a whole basis when None."""
-    return signed(torch.linalg.eigh(unfolded @ unfolded.mT).eigenvectors.flip(-1)[:, :r])
+    return fix_signs(torch.linalg.eigh(unfolded @ unfolded.mT).eigenvectors.flip(-1)[:, :r])
 
 # %% ../../nbs/lib/05_surgery/05_tucker.ipynb #0557ec51
 class Tucker(NamedTuple):
