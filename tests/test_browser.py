@@ -19,6 +19,7 @@ expect.set_options(timeout=30_000)
 
 @pytest.fixture(scope="module")
 def browser():
+    """Start a browser without a window."""
     with browsing() as browser:
         yield browser
 
@@ -43,16 +44,15 @@ def seen(home, browser):
         seen.open_in_lab(address, "explore.ipynb")
         seen.run_all()
         for view in VIEWS:
-            expect(seen.view(view).locator(".cartesianlayer .trace").first).to_be_visible(
-                timeout=60_000
-            )
+            trace = seen.view(view).locator(".cartesianlayer .trace").first
+            expect(trace).to_be_visible(timeout=60_000)
         yield seen
         seen.page.close()
 
 
 @pytest.fixture(autouse=True)
 def no_new_errors(request):
-    "JavaScript must not complain during any test."
+    """Fail a test during which JavaScript reports an error."""
     if "seen" not in request.fixturenames:
         yield
         return
@@ -62,20 +62,24 @@ def no_new_errors(request):
     assert seen.errors[before:] == []
 
 
+def width_of(view, selector):
+    """Return how wide an element of a view is, in pixels."""
+    return view.locator(selector).first.bounding_box()["width"]
+
+
 def test_notebook_runs_and_draws_everything(seen):
-    assert (
-        seen.python("print(layers.error, eigen.error, compare.error, runs.error)")
-        == "None None None None"
-    )
+    errors = seen.python("print(layers.error, eigen.error, compare.error, runs.error)")
+    assert errors == "None None None None"
     assert not seen.page.locator("[data-mime-type='application/vnd.jupyter.stderr']").count()
     expect(seen.view("Layers").locator(".bars path").first).to_be_visible()
     expect(seen.view("Runs").locator(".points path").first).to_be_visible()
-    for view in VIEWS:  # the figures fill their dashboards
-        box, figure = (
-            seen.view(view).locator(s).first.bounding_box()["width"]
-            for s in ("xpath=.", ".main-svg")
-        )
-        assert 0.9 * box < figure <= box + 1, (view, box, figure)
+    for name in VIEWS:  # the figures fill their dashboards
+        view = seen.view(name)
+        box, figure = width_of(view, "xpath=."), width_of(view, ".main-svg")
+        assert 0.9 * box < figure <= box + 1, (name, box, figure)
+
+
+OVERHANG = "e => e.scrollWidth - e.clientWidth"
 
 
 @pytest.mark.parametrize("width", (1280, 1920))
@@ -84,32 +88,27 @@ def test_pictures(seen, width, theme):
     seen.page.set_viewport_size(dict(width=width, height=4600))
     seen.theme(theme)
     seen.page.wait_for_timeout(1500)
-    for view in VIEWS:
-        seen.shot(PICTURES / f"{view.lower()}-{width}-{theme.lower()}.png", seen.view(view))
-        assert (PICTURES / f"{view.lower()}-{width}-{theme.lower()}.png").stat().st_size > 20_000
-        assert (
-            seen.page.evaluate(
-                "e => e.scrollWidth - e.clientWidth", seen.view(view).element_handle()
-            )
-            <= 8
-        )  # nothing sticks out but margins
+    for name in VIEWS:
+        view, path = seen.view(name), PICTURES / f"{name.lower()}-{width}-{theme.lower()}.png"
+        seen.shot(path, view)
+        assert path.stat().st_size > 20_000
+        # nothing but margins is wider than its view
+        assert seen.page.evaluate(OVERHANG, view.element_handle()) <= 8
+
+
+BARS = "b => b.map(p => p.getAttribute('d')).join()"
 
 
 def test_slider_moves_the_budget(seen):
     layers = seen.view("Layers")
-    before, bars = (
-        layers.locator(".pn-tile").nth(1).inner_text(),
-        layers.locator(".bars path").evaluate_all("b => b.map(p => p.getAttribute('d')).join()"),
-    )
+    tile, bars = layers.locator(".pn-tile").nth(1), layers.locator(".bars path")
+    text, shapes = tile.inner_text(), bars.evaluate_all(BARS)
     layers.get_by_role("slider").first.focus()
     for _ in range(5):
         seen.page.keyboard.press("ArrowRight")
-    expect(layers.locator(".pn-tile").nth(1)).to_contain_text(re.compile(r"-5(4\.9|5\.\d)%"))
-    assert (
-        layers.locator(".pn-tile").nth(1).inner_text() != before
-        and layers.locator(".bars path").evaluate_all("b => b.map(p => p.getAttribute('d')).join()")
-        != bars
-    )
+    expect(tile).to_contain_text(re.compile(r"-5(4\.9|5\.\d)%"))
+    assert tile.inner_text() != text
+    assert bars.evaluate_all(BARS) != shapes
     assert seen.python("print(layers.plan.settings['ratio'])") == "0.55"
 
 
@@ -120,7 +119,7 @@ def test_dropdown_changes_the_method(seen):
     assert seen.python("print(layers.plan.method, len(layers.plan.cuts) > 0)") == "l1 True"
 
 
-def test_click_on_a_bar_tells_of_the_layer(seen):
+def test_click_on_a_bar_describes_the_layer(seen):
     layers = seen.view("Layers")
     layers.locator(".bars .points").first.locator("path").nth(3).click(force=True)
     expect(layers.locator(".pn-text b").first).to_have_text(seen.python("print(layers.layers[3])"))
@@ -131,9 +130,8 @@ def test_apply_cuts_and_measures(seen):
     layers = seen.view("Layers")
     layers.get_by_role("button", name="Apply").click()
     expect(layers).to_contain_text("differs from the masked original", timeout=60_000)
-    expect(layers.locator(".pn-tile", has_text="accuracy")).to_contain_text(
-        re.compile(r"\d+\.\d% → \d+\.\d%")
-    )
+    accuracy = layers.locator(".pn-tile", has_text="accuracy")
+    expect(accuracy).to_contain_text(re.compile(r"\d+\.\d% → \d+\.\d%"))
     params = seen.python("print(sum(p.numel() for p in layers.result.model.parameters()))")
     assert params == seen.python("print(layers.plan.settings['params'])")
 
@@ -143,12 +141,11 @@ def test_recipe_makes_the_same_plan(seen):
     layers.get_by_role("tab", name="Recipe").click()
     expect(layers.locator("pre").first).to_contain_text("allocate(scores, ratio=0.55")
     expect(layers.locator("pre").nth(1)).to_contain_text("papermill nbs/prune.ipynb out.ipynb")
-    assert seen.python(
-        "space = {}; exec(layers.recipe, space); print(space['plan'] == layers.plan)"
-    ).endswith("True")
+    run_recipe = "space = {}; exec(layers.recipe, space); print(space['plan'] == layers.plan)"
+    assert seen.python(run_recipe).endswith("True")
 
 
-def test_error_is_told_in_the_view(seen):
+def test_error_is_shown_in_the_view(seen):
     seen.python("layers.widgets['ratio'].value = 1.")
     expect(seen.view("Layers").get_by_role("alert")).to_contain_text("Invalid ratio 1.0")
     seen.python("layers.widgets['ratio'].value = .5")
@@ -174,17 +171,16 @@ def test_compare_turns_its_pages(seen):
 
 
 def rows(seen):
+    """Return the rows of the table of runs."""
     return seen.view("Runs").locator(".prune-nb-table tbody tr")
 
 
 def test_runs_are_filtered_and_sorted(seen, home):
     runs = seen.view("Runs")
-    assert {"l1-0.5", "l1-0.7", "eigendamage-0.5", "damaged"} < set(
-        rows(seen).locator("td:nth-child(2)").all_inner_texts()
-    )
-    expect(rows(seen).filter(has_text="damaged")).to_contain_text(
-        "broken: result.json cannot be read"
-    )
+    names = rows(seen).locator("td:nth-child(2)").all_inner_texts()
+    assert {"l1-0.5", "l1-0.7", "eigendamage-0.5", "damaged"} < set(names)
+    damaged = rows(seen).filter(has_text="damaged")
+    expect(damaged).to_contain_text("broken: result.json cannot be read")
     runs.get_by_role("textbox").fill("finished ratio=0.5")
     expect(rows(seen)).to_have_count(2)
     runs.get_by_role("textbox").fill("finished method=")
@@ -192,25 +188,22 @@ def test_runs_are_filtered_and_sorted(seen, home):
     runs.get_by_role("button", name="accuracy", exact=True).focus()
     seen.page.keyboard.press("Enter")
     expect(runs.locator("th[aria-sort=descending]")).to_have_text("accuracy ▼")
-    best = sorted(
-        (read_json(f)["finetuned"]["accuracy"] for f in home.glob("runs/*-0.?/result.json")),
-        reverse=True,
-    )
-    expect(rows(seen).locator("td:nth-child(4)")).to_have_text([f"{a:.2%}" for a in best])
+    results = [read_json(f) for f in home.glob("runs/*-0.?/result.json")]
+    best_first = sorted((r["finetuned"]["accuracy"] for r in results), reverse=True)
+    expect(rows(seen).locator("td:nth-child(4)")).to_have_text([f"{a:.2%}" for a in best_first])
 
 
 def test_click_opens_a_run(seen, home):
     runs = seen.view("Runs")
     rows(seen).filter(has_text="l1-0.5").click()
     expect(runs.locator("h3")).to_have_text("l1-0.5")
-    expect(runs.get_by_role("link", name="notebook.ipynb")).to_have_attribute(
-        "href", "../runs/l1-0.5/notebook.ipynb"
-    )
+    link = runs.get_by_role("link", name="notebook.ipynb")
+    expect(link).to_have_attribute("href", "../runs/l1-0.5/notebook.ipynb")
     accuracy = read_json(home / "runs/l1-0.5/result.json")["finetuned"]["accuracy"]
     expect(runs.locator(".widget-html table")).to_contain_text(f"{accuracy:.4g}")
-    runs.locator(".scatterlayer .trace", has=seen.page.locator(".points path")).nth(1).locator(
-        ".points path"
-    ).first.click(force=True)  # the first are dense networks
+    points = seen.page.locator(".points path")
+    traces = runs.locator(".scatterlayer .trace", has=points)  # the first is of dense networks
+    traces.nth(1).locator(".points path").first.click(force=True)
     expect(runs.locator("h3")).to_have_text("eigendamage-0.5")
 
 
@@ -238,7 +231,7 @@ e.prune()""")
     expect(rows(seen)).to_contain_text("finished")
 
 
-def test_nothing_went_wrong_and_nothing_left_the_machine(seen):
+def test_no_errors_and_no_requests_to_other_machines(seen):
     assert seen.errors == [] and seen.strangers == []
 
 
@@ -253,9 +246,8 @@ def test_voila_serves_the_same(home, browser):
         seen.page.keyboard.press("ArrowRight")
         expect(layers.locator(".pn-tile").nth(1)).to_contain_text("-51.")
         seen.shot(PICTURES / "voila.png")
-        fonts = [
-            u for u in seen.strangers if "font-awesome" in u.lower() or "fontawesome" in u.lower()
-        ]  # voila's own page asks for icons, which no dashboard has
-        assert [u for u in seen.strangers if u not in fonts] == []
+        # the page of voila itself asks for icons, which no dashboard has
+        icons = re.compile("font-?awesome", re.I)
+        assert [u for u in seen.strangers if not icons.search(u)] == []
         assert [e for e in seen.errors if "ERR_NAME_NOT_RESOLVED" not in e] == []
         seen.page.close()
