@@ -81,7 +81,7 @@ class ExploreParams(PathParams):
     )
     dataset: str = param(
         None,
-        f"{' | '.join(DATASETS)}; None: digits, or inputs alone",
+        f"{' | '.join(DATASETS)}; None: by the model",
         DATASETS,
     )
     checkpoint: str = param(
