@@ -72,30 +72,21 @@ class ExploreParams(PathParams):
     """Say what to look at."""
 
     run: str = param(
-        "",
-        "a run to look at: its name in runs_dir or its folder; empty: the network below",
+        "", "name or folder of a run to look at; empty: the network that the next lines name"
     )
     model: str = param(
-        "resnet20",
-        "a network of prune_nb.models, as resnet32x4, or of torchvision",
+        "resnet20", "of prune_nb.models, also as resnet32x4, or any torchvision classifier"
     )
-    dataset: str = param(
-        None,
-        f"{' | '.join(DATASETS)}; None: by the model",
-        DATASETS,
-    )
+    dataset: str = param(None, f"{' | '.join(DATASETS)}; None: by model", DATASETS)
     checkpoint: str = param(
-        "",
-        "trained weights, a run folder or a file; empty: shipped, or trained now",
+        "", "run folder or .safetensors file; empty: shipped, trained before, or now"
     )
     pretrain_epochs: int = param(
-        None,
-        "epochs of the network's training; None: 10 for digits, else the recipe's",
-        positive(),
+        None, "None: 10 for digits, else the recipe of the data set", positive()
     )
     method: str = param(
         None,
-        "shown first; None: eigendamage, or l1 for example inputs alone",
+        "how saliency is measured; None: eigendamage, or l1 without a data set",
         METHODS,
         method_ids,
     )

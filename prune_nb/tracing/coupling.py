@@ -160,8 +160,8 @@ def _unit_signatures(places: dict, n: int) -> np.ndarray:
     for found in places.values():
         weight = g.integers(1, 2**63, dtype=np.uint64)
         presence = np.uint64(g.integers(1, 2**31))
-        counts = np.bincount(found, minlength=n + 1).astype(np.uint64)
-        signatures += weight * (counts + (counts > 0) * presence)
+        present, counts = np.unique(found, return_counts=True)
+        signatures[present] += weight * (counts.astype(np.uint64) + presence)
     return signatures
 
 
@@ -174,15 +174,15 @@ def _in_order(components: np.ndarray) -> np.ndarray:
 def _add_members(groups: dict, place: tuple, found: np.ndarray, signatures, is_free):
     """Add to `groups` (signature -> `AlikeUnits`) the units in one dimension of a parameter."""
     name, d = place
-    order, counts = np.argsort(found, kind="stable"), np.bincount(found, minlength=len(is_free))
-    starts = np.cumsum(counts) - counts
-    free = found[is_free[found]]
+    order = np.argsort(found, kind="stable")
+    in_order, free = found[order], found[is_free[found]]
     for s in dict.fromkeys(signatures[free].tolist()):
         if s not in groups:
             groups[s] = AlikeUnits(name, _in_order(free[signatures[free] == s]), {})
         units = groups[s].components
-        positions = order[starts[units][:, None] + np.arange(counts[units[0]])]
-        groups[s].members.setdefault(name, {})[d] = positions
+        first = np.searchsorted(in_order, units)
+        n = np.searchsorted(in_order, units[0], "right") - first[0]
+        groups[s].members.setdefault(name, {})[d] = order[first[:, None] + np.arange(n)]
 
 
 def _count_reasons(components: np.ndarray, reasons: dict[int, str]) -> dict[str, int]:
