@@ -126,6 +126,7 @@ def public_members(module) -> list[tuple[str, object]]:
 def documented(name: str, member) -> str:
     """Return signature, docstring and table of arguments of a member as Markdown."""
     text = show_doc(member, name=name, renderer=BasicMarkdownRenderer)._repr_markdown_()
+    text = re.sub(r"^#{3,6} ", "## ", text, flags=re.M)
     return re.sub(r"^\[source\].*$", "", text.replace("---", ""), flags=re.M).strip()
 
 
@@ -200,7 +201,7 @@ def write_tutorials():
 def write_home():
     """Write the first page: the README and the contents."""
     pages = ["tutorials/index", "notebooks/index", "nbs/lib/index", "reference/index"]
-    pages += ["benchmarks/index", "presets", "gallery", "coming_from"]
+    pages += ["benchmarks/index", "presets", "gallery", "coming_from", "reports/prune"]
     readme = (ROOT / "README.md").read_text()
     write_page("index", readme, toctree(pages, 0))
 
