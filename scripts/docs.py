@@ -208,7 +208,7 @@ def write_home():
 
 def assemble():
     """Write all sources of the site."""
-    shutil.rmtree(SOURCE, ignore_errors=True)
+    shutil.rmtree(BUILD, ignore_errors=True)
     shutil.copytree(ROOT / "docs", SOURCE)
     shutil.copytree(ROOT / "nbs/images", SOURCE / "nbs/images")
     shutil.copytree(
