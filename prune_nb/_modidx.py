@@ -4041,5 +4041,6 @@ d = { 'settings': { 'branch': 'main',
                                 'prune_nb.train.fit': ('lib/02_data_and_models/train.html#fit', 'prune_nb/train.py'),
                                 'prune_nb.train.memory_layout': ('lib/02_data_and_models/train.html#memory_layout', 'prune_nb/train.py'),
                                 'prune_nb.train.refresh_bn': ('lib/02_data_and_models/train.html#refresh_bn', 'prune_nb/train.py'),
+                                'prune_nb.train.safe_kernels': ('lib/02_data_and_models/train.html#safe_kernels', 'prune_nb/train.py'),
                                 'prune_nb.train.step_schedule': ('lib/02_data_and_models/train.html#step_schedule', 'prune_nb/train.py'),
                                 'prune_nb.train.training_loss': ('lib/02_data_and_models/train.html#training_loss', 'prune_nb/train.py')}}}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'BLOCK', 'evaluation_mode', 'evaluate', 'step_schedule', 'LearningRate', 'autocast_dtype', 'distillation',
-           'training_loss', 'WeightAverage', 'Pruner', 'memory_layout', 'fit', 'refresh_bn']
+           'training_loss', 'WeightAverage', 'Pruner', 'memory_layout', 'safe_kernels', 'fit', 'refresh_bn']
 
 # %% ../nbs/lib/02_data_and_models/03_train.ipynb #1e402dad
 import contextlib
@@ -349,6 +349,13 @@ def memory_layout(model: nn.Module) -> torch.memory_format:
     return torch.channels_last
 
 
+def safe_kernels(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Turn oneDNN off inside, where `memory_layout` avoids a kernel of it that corrupts memory."""
+    if memory_layout(model) == torch.channels_last:
+        return contextlib.nullcontext()
+    return torch.backends.mkldnn.flags(enabled=False)
+
+
 def _new_training(
     model: nn.Module,
     rate: LearningRate,
@@ -399,7 +406,7 @@ def fit(
     loss, pruner = loss or training_loss(), pruner or Pruner()
     training = _new_training(model, rate, weight_decay, momentum, ema, loss=loss, pruner=pruner)
     saved = _load_state(state, training) if state and Path(state).exists() else None
-    with _forked_rng(training.device), _pruning(pruner, model, epochs, len(train), saved):
+    with safe_kernels(model), _forked_rng(training.device), _pruning(pruner, model, epochs, len(train), saved):
         bar = Progress(range(len(training.history), epochs), label)
         for epoch in bar:
             torch.manual_seed(derived_seed(seed, label, first + epoch))
