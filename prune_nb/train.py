@@ -406,7 +406,11 @@ def fit(
     loss, pruner = loss or training_loss(), pruner or Pruner()
     training = _new_training(model, rate, weight_decay, momentum, ema, loss=loss, pruner=pruner)
     saved = _load_state(state, training) if state and Path(state).exists() else None
-    with safe_kernels(model), _forked_rng(training.device), _pruning(pruner, model, epochs, len(train), saved):
+    with (
+        safe_kernels(model),
+        _forked_rng(training.device),
+        _pruning(pruner, model, epochs, len(train), saved),
+    ):
         bar = Progress(range(len(training.history), epochs), label)
         for epoch in bar:
             torch.manual_seed(derived_seed(seed, label, first + epoch))
