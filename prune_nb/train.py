@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'BLOCK', 'evaluation_mode', 'evaluate', 'step_schedule', 'LearningRate', 'autocast_dtype', 'distillation',
-           'training_loss', 'WeightAverage', 'Pruner', 'memory_layout', 'safe_kernels', 'fit', 'refresh_bn']
+           'training_loss', 'WeightAverage', 'Pruner', 'SafeConvolutions', 'fit', 'refresh_bn']
 
 # %% ../nbs/lib/02_data_and_models/03_train.ipynb #1e402dad
 import contextlib
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .core import Progress, UserError, derived_seed, load_tensors, one_of, save_tensors
 from .nested import to_device
@@ -333,27 +334,39 @@ def _load_state(path: str | Path, training: _Training) -> dict:
     return parts["pruner"]
 
 # %% ../nbs/lib/02_data_and_models/03_train.ipynb #21b02aa3
-BLOCK = 8  # input channels that the kernel below takes at once; it writes past a part of them
+BLOCK = 8  # input channels that oneDNN's kernels take at once
 
 
-def memory_layout(model: nn.Module) -> torch.memory_format:
-    """Return the layout to train in: channels last, unless a kernel of the CPU is unsafe there.
+class SafeConvolutions(TorchFunctionMode):
+    """Compute strided 1x1 convolutions as plain ones of the pixels that the strides select.
 
-    PyTorch 2.15's backward pass of a strided 1x1 convolution corrupts memory in channels-last
-    layout on processors without AVX-512, unless its input channels are a multiple of 8.
+    PyTorch 2.15's own backward pass of them corrupts memory in channels-last layout on processors
+    without AVX-512, unless the input channels are a multiple of `BLOCK`. The others are left alone.
     """
-    for m in model.modules():
-        if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and max(m.stride) > 1:
-            if m.in_channels % BLOCK and m.weight.device.type == "cpu":
-                return torch.contiguous_format
-    return torch.channels_last
+
+    def __torch_function__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict = None
+    ) -> object:
+        "Call `function`, or the safe convolution in place of torch's."
+        if function is torch.conv2d:
+            function = _safe_conv2d
+        return function(*args, **(kwargs or {}))
 
 
-def safe_kernels(model: nn.Module) -> contextlib.AbstractContextManager:
-    """Turn oneDNN off inside, where `memory_layout` avoids a kernel of it that corrupts memory."""
-    if memory_layout(model) == torch.channels_last:
-        return contextlib.nullcontext()
-    return torch.backends.mkldnn.flags(enabled=False)
+def _safe_conv2d(
+    input: torch.Tensor,  # N x channels x height x width
+    weight: torch.Tensor,
+    bias: torch.Tensor = None,
+    stride: int | tuple = 1,
+    padding: int | tuple | str = 0,
+    dilation: int | tuple = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    is_pointwise = tuple(weight.shape[2:]) == (1, 1) and padding in (0, (0, 0), "valid")
+    if is_pointwise and weight.shape[1] % BLOCK and input.device.type == "cpu":
+        down, across = (stride, stride) if isinstance(stride, int) else stride
+        input, stride = input[..., ::down, ::across], 1
+    return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def _new_training(
@@ -365,7 +378,7 @@ def _new_training(
     **rest: object,  # loss and pruner
 ) -> _Training:
     "Return a training of `model` from its first epoch."
-    model.to(memory_format=memory_layout(model))
+    model.to(memory_format=torch.channels_last)
     options = dict(momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay)
     optimizer = torch.optim.SGD(model.parameters(), rate.largest, **options)
     average = WeightAverage(model, ema) if ema else None
@@ -407,7 +420,7 @@ def fit(
     training = _new_training(model, rate, weight_decay, momentum, ema, loss=loss, pruner=pruner)
     saved = _load_state(state, training) if state and Path(state).exists() else None
     with (
-        safe_kernels(model),
+        SafeConvolutions(),
         _forked_rng(training.device),
         _pruning(pruner, model, epochs, len(train), saved),
     ):
