@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from .budgets.allocation import allocate, check_budget
-from .core import UserError, untouched
+from .core import UserError, renamed, untouched
 from .costs.kinds import Cost, find_cost
-from .criteria.core import Scores, collector_of, register, renamed, score
+from .criteria.core import Scores, collector_of, register, score
 from .nested import FirstExamples, first_example, is_example
 from .profile import compare
 from .recovery.refit import refit as refit_plan

@@ -467,7 +467,7 @@ def _default_workers() -> int:
     "Return the number of processors that this process may use, at most 8."
     if hasattr(os, "sched_getaffinity"):
         return min(8, len(os.sched_getaffinity(0)))
-    return min(8, os.cpu_count())
+    return min(8, os.cpu_count() or 1)
 
 # %% ../nbs/lib/02_data_and_models/01_data.ipynb #eab08ee5
 class FileLoader(Loader):
@@ -556,7 +556,7 @@ def _make_loader(
     images, labels = part
     if isinstance(images, Files):
         if info.scale or not fits_in_memory(len(images), info, device):
-            return FileLoader(images, labels, info, *options, device)
+            return FileLoader(images, labels, info, *options, device=device)
         images = _decode_all(images, info)
     return Loader(images.to(device), labels.to(device), info, *options)
 

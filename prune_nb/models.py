@@ -16,7 +16,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -458,7 +458,7 @@ def _unpickle(path: Path) -> object:
         ) from None
 
 # %% ../nbs/lib/02_data_and_models/02_models.ipynb #3bf60efd
-def _find_state(path: Path, found: object) -> dict:
+def _find_state(path: Path, found: Any) -> dict:
     "Return the one state dict in what was read from `path`, or raise a `UserError`."
     if _is_state(found):
         return found

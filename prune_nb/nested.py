@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -150,7 +150,7 @@ def check_pair(
     )
 
 # %% ../nbs/lib/01_foundations/02_nested.ipynb #3f3e527e
-def check_batches(data: object) -> Iterable:
+def check_batches(data: Any) -> Iterable:
     "Return `data`, or raise a `UserError` if it cannot be iterated over."
     if hasattr(data, "__iter__") or hasattr(data, "__getitem__"):
         return data

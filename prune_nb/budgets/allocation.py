@@ -26,10 +26,10 @@ from prune_nb.budgets.orders import (
     target_of,
     within_loss,
 )
-from ..core import UserError, check_finite, check_share, is_number, one_of
+from ..core import UserError, check_finite, check_share, is_number, one_of, renamed
 from ..costs.kinds import COSTS, Cost, find_cost, noted_costs
 from ..criteria import methods  # noqa: F401  so that all are registered
-from ..criteria.core import Scores, criterion_of, renamed
+from ..criteria.core import Scores, criterion_of
 from ..criteria.spaces import STRATEGIES, FormSpace, SearchSpace, UnitSpace
 from ..surgery.plan import Plan
 

@@ -491,7 +491,8 @@ def _measured_layers(model, inputs, scores, measured, progress) -> LayerTimes:
         }
         positions = sum(int(np.prod(c.output)) for c in calls[name])
         one_tap = layer.weight[0, 0].numel() == 1
-        layers[name] = LayerWidths(*layer.weight.shape[:2], positions, one_tap)
+        outs, ins = layer.weight.shape[:2]
+        layers[name] = LayerWidths(outs, ins, positions, one_tap)
         measured.save()
     return LayerTimes(layers, tables, grids)
 

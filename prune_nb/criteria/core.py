@@ -6,10 +6,9 @@
 __all__ = ['METHODS', 'COLLECTORS', 'ELSEWHERE', 'MEASURES', 'REDUCTIONS', 'NORMALIZATIONS', 'Criterion', 'Collector',
            'collector', 'fill_defaults', 'register', 'method_ids', 'find_method', 'collector_of', 'criterion_of',
            'tagged_source', 'load_criteria', 'reduce_members', 'normalize_group', 'ScoringContext', 'reduction_of',
-           'normalization_of', 'skipped_groups', 'group_scores', 'layer_scores', 'score', 'collect_all', 'renamed']
+           'normalization_of', 'skipped_groups', 'group_scores', 'layer_scores', 'score', 'collect_all']
 
 # %% ../../nbs/lib/07_criteria/03_core.ipynb #db978907
-import functools
 import importlib
 import json
 from collections.abc import Callable
@@ -458,23 +457,3 @@ def collect_all(context: ScoringContext) -> dict:
             _check_found(scores)
             found[scores.method] = scores
     return found
-
-# %% ../../nbs/lib/07_criteria/03_core.ipynb #cc73b903
-def renamed(
-    **names: str,  # old name = new name
-) -> Callable:
-    """Accept the old names of keyword arguments of a function."""
-
-    def decorate(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            for old, new in names.items():
-                if old in kwargs and new in kwargs:
-                    raise UserError(f"Give {new} or {old}, its old name, not both.")
-                if old in kwargs:
-                    kwargs[new] = kwargs.pop(old)
-            return function(*args, **kwargs)
-
-        return call
-
-    return decorate

@@ -93,7 +93,8 @@ def _forms_cost(scores: Scores, changes: dict, cost: str) -> dict:
     """Return layer name -> cost of the form that a plan's change gives the layer."""
     costs = {}
     for k, change in changes.items():
-        costs[k] = form_cost(scores.layers[k].shape, *change.ranks, change.form, cost)
+        r_out, r_in = change.ranks
+        costs[k] = form_cost(scores.layers[k].shape, r_out, r_in, change.form, cost)
     return costs
 
 

@@ -140,7 +140,7 @@ class Gates:
 
     def __init__(self, context: ScoringContext):
         self.context, self.model = context, context.model
-        self.loss = context.loss or F.cross_entropy
+        self.loss = F.cross_entropy if context.loss is None else context.loss
         self.z = {}  # group name -> gates, while the network runs
         self.called = set()  # names of the readers that ran as layers
         self.at_inputs = set()  # names of those whose inputs are multiplied

@@ -173,8 +173,8 @@ class RedundancyGraph(Criterion):
         check_share("threshold", threshold, meaning, end=True)
         removed = {}
         for name, g in scores.groups.items():
-            found = [g.details[key].numpy() for key in ("similarity", "norm")]
-            units = redundant_filters(*found, threshold).tolist()
+            similarity, norm = g.details["similarity"].numpy(), g.details["norm"].numpy()
+            units = redundant_filters(similarity, norm, threshold).tolist()
             if units:
                 removed[name] = units
         return removed

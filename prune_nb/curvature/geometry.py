@@ -40,9 +40,10 @@ def axis_padding(conv: nn.Module, axis: int) -> tuple[int, int]:
     if conv.padding == "valid":
         return 0, 0
     if conv.padding == "same":
-        total = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+        total = int(conv.dilation[axis] * (conv.kernel_size[axis] - 1))
         return total // 2, total - total // 2
-    return conv.padding[axis], conv.padding[axis]
+    padding = int(conv.padding[axis])
+    return padding, padding
 
 # %% ../../nbs/lib/03_curvature/01_geometry.ipynb #a0e5e367
 def conv_padding(conv: nn.Module) -> tuple[int, ...]:
@@ -127,10 +128,11 @@ def output_size(x: Images, geo: Geometry) -> tuple[int, int]:
     """Return the rows and columns of the output."""
     left, right, top, bottom = geo.padding
     padded_size = (x.shape[2] + top + bottom, x.shape[3] + left + right)
-    return tuple(
+    height, width = (
         (size - dilation * (kernel - 1) - 1) // stride + 1
         for size, kernel, stride, dilation in zip(padded_size, geo.kernel, geo.stride, geo.dilation)
     )
+    return height, width
 
 # %% ../../nbs/lib/03_curvature/01_geometry.ipynb #0a71a236
 def chunks(

@@ -160,7 +160,7 @@ def patch_gram(
 ) -> torch.Tensor:
     """Return groups x D x D: the sum of a a^T over examples and output positions."""
     h, w = output_size(x, geo)
-    total = 0
+    total = x.new_zeros(())
     for images in chunks(x, x.shape[1] * geo.taps * h * w, limit):
         a = patches(images, geo).permute(1, 2, 0, 3).flatten(2)
         total = total + (a @ a.mT)
@@ -241,7 +241,7 @@ def offset_sums(
         across = (0 if mirrored else 1 - kw, kw - 1)
         if column:
             across = (0, 0)
-        found[row, column] = correlate(*images, down, across, geo.groups)
+        found[row, column] = correlate(*images, rows=down, columns=across, groups=geo.groups)
     return found
 
 # %% ../../nbs/lib/03_curvature/04_kernels.ipynb #1a5f3783

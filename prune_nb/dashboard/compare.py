@@ -28,9 +28,9 @@ from torch import nn
 
 from ..api import Result
 from ..budgets.allocation import allocate
-from ..core import UserError, one_of
+from ..core import UserError, one_of, renamed
 from ..costs.kinds import COSTS
-from ..criteria.core import Scores, load_scores, renamed
+from ..criteria.core import Scores, load_scores
 from ..criteria.oracle import layer_oracle
 from .table import Table
 from .view import View, live_chart, short_number

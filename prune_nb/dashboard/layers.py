@@ -26,7 +26,7 @@ from torch import nn
 
 from ..api import apply_plan
 from ..budgets.allocation import Allocation, Budget
-from ..core import UserError, one_of
+from ..core import UserError, one_of, renamed
 from ..costs.kinds import COSTS
 from prune_nb.criteria.core import (
     METHODS,
@@ -34,7 +34,6 @@ from prune_nb.criteria.core import (
     collector_of,
     first_example,
     is_example,
-    renamed,
     score,
 )
 from ..criteria.groups import side_of

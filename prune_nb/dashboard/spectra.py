@@ -22,9 +22,9 @@ from plotly.subplots import make_subplots
 from torch import nn
 
 from ..budgets.allocation import Allocation, Budget
-from ..core import UserError
+from ..core import UserError, renamed
 from ..costs.kinds import COSTS, find_cost
-from ..criteria.core import LayerScores, Scores, criterion_of, least_half, renamed
+from ..criteria.core import LayerScores, Scores, criterion_of, least_half
 from ..criteria.spaces import LayerSides, keep_directions
 from ..curvature.ekfac import second_moments
 from ..curvature.spectrum import direction_count, effective_rank
@@ -130,8 +130,8 @@ def entry_by_hand(
         r_out, r_in = shape.c_out, shape.c_in
     else:
         loss = loss_at(budget, name, r_out, r_in)
-    costs = [form_cost(shape, r_out, r_in, form, c) for c in ("params", "macs")]
-    return Entry(form, r_out, r_in, *costs, loss)
+    params, macs = (form_cost(shape, r_out, r_in, form, c) for c in ("params", "macs"))
+    return Entry(form, r_out, r_in, params, macs, loss)
 
 # %% ../../nbs/lib/12_dashboard/05_spectra.ipynb #d9302e6c
 def _cost_left(scores: Scores, kept: dict, cost: str) -> int:
@@ -623,7 +623,8 @@ class Spectra(View):
         self.show()
 
     def _entry(self, name: str) -> Entry:
-        return entry_by_hand(self.budget, name, *self.cuts[name], self.widgets["cost"].value)
+        r_out, r_in = self.cuts[name]
+        return entry_by_hand(self.budget, name, r_out, r_in, self.widgets["cost"].value)
 
     def ranks(self, name: str) -> tuple[str, int, int]:
         """Return (form, outputs kept, inputs kept) of a layer, by hand or by the budget.

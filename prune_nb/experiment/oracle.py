@@ -167,7 +167,7 @@ def with_saliency(
 def mean_correlation(kind: str, rows: pd.DataFrame) -> float:
     """Return the mean coefficient over layers; NaN where no layer has one."""
     found = [correlation(kind, part.saliency, part.rise) for _, part in rows.groupby("group")]
-    return np.nanmean(found) if np.isfinite(found).any() else np.nan
+    return float(np.nanmean(found)) if np.isfinite(found).any() else np.nan
 
 
 def correlations(scores: Scores, truth: pd.DataFrame) -> dict[str, float]:

@@ -188,10 +188,8 @@ PRESETS = read_preset_files(presets_folder())  # name, or alias -> `Preset`
 # %% ../../nbs/lib/11_experiment/02_presets.ipynb #6d80e6f4
 def find_preset(name: str) -> Preset:
     """Return the preset of a name. Raise a `UserError` where there is none."""
-    if name in PRESETS:
-        return PRESETS[name]
     try:
-        one_of("preset", name, PRESETS)
+        return PRESETS[one_of("preset", name, PRESETS)]
     except UserError as e:
         start = str(e).split(" Valid:")[0]
         raise UserError(

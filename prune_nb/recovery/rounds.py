@@ -334,5 +334,5 @@ def combined_plan(
     """Return the plan that gives what the rounds have given together, in shape."""
     if total is None or not (total.cuts and plan.cuts):
         return plan
-    shapes = [dataclasses.replace(p, updates={}) for p in (total, plan)]
-    return compose(*shapes, model)
+    before, after = (dataclasses.replace(p, updates={}) for p in (total, plan))
+    return compose(before, after, model)

@@ -49,8 +49,10 @@ class Menu:
 
     def __getitem__(self, i: int) -> Entry:
         i = int(i)
-        numbers = (int(column[i]) for column in (self.r_out, self.r_in, self.params, self.macs))
-        return Entry(ALL_FORMS[self.form[i]], *numbers, float(self.predicted[i]))
+        columns = (self.r_out, self.r_in, self.params, self.macs)
+        r_out, r_in, params, macs = (int(column[i]) for column in columns)
+        predicted = float(self.predicted[i])
+        return Entry(ALL_FORMS[self.form[i]], r_out, r_in, params, macs, predicted)
 
     def __iter__(self) -> Iterator[Entry]:
         return (self[i] for i in range(len(self)))

@@ -316,7 +316,8 @@ def _check_fit(plan: Plan, model: nn.Module) -> dict:
 # %% ../../nbs/lib/05_surgery/10_plan.ipynb #96416e2a
 def _layer_skeleton(name: str, layer: nn.Module, change) -> nn.Module:
     """Return the layers that a change makes of `layer`, their weights not yet set."""
-    return skeleton(layer, *change.ranks, change.form)
+    r_out, r_in = change.ranks
+    return skeleton(layer, r_out, r_in, change.form)
 
 
 def _replace_layers(model: nn.Module, layers: dict, new_layer: Callable) -> nn.Module:

@@ -178,7 +178,8 @@ class Tracer(TorchDispatchMode):
         """Return the labels of a tensor, new ones for a parameter or buffer that is met first."""
         found = getattr(t, AXIS_LABELS, None)
         if found is None and id(t) in self.named:
-            found = self.label_leaf(self, *self.named[id(t)], t)
+            name, silenced = self.named[id(t)]
+            found = self.label_leaf(self, name, silenced, t)
             setattr(t, AXIS_LABELS, found)
         return [] if found is None else found
 
