@@ -117,9 +117,7 @@ def _low_rank_columns(shape: LayerShape, loss: np.ndarray | tuple) -> tuple:
     return _columns(shape, "low_rank", r, r, np.minimum(by_rows[r - 1], by_cols[r - 1]))
 
 
-def _form_columns(
-    shape: LayerShape, loss: np.ndarray | tuple, separable: dict | None
-) -> list[tuple]:
+def _form_columns(shape: LayerShape, loss: np.ndarray | tuple) -> list[tuple]:
     """Return the columns of each form that a layer has, dense first."""
     c_out, c_in = np.array([shape.c_out]), np.array([shape.c_in])
     dense = _columns(shape, "dense", c_out, c_in, np.zeros(1))
@@ -132,10 +130,6 @@ def _form_columns(
         _columns(shape, "out", rows, np.full_like(rows, shape.c_in), loss[:, -1]),
         _columns(shape, "both", rows[:, None], cols, loss),
     ]
-    if separable:
-        ranks = np.array(sorted(separable), dtype=int)
-        losses = np.array([float(separable[r]) for r in ranks])
-        forms.append(_columns(shape, "separable", ranks, ranks, losses))
     return forms
 
 # %% ../../nbs/lib/05_surgery/08_menu.ipynb #edb51db3
@@ -165,7 +159,6 @@ def full_menu(
     # C_out x C_in from `pair_losses`; for one tap a tuple is enough, of the losses at every
     # number of rows and at every number of columns
     losses: torch.Tensor | tuple,
-    separable: dict = None,  # rank -> predicted loss of the depthwise-separable form
 ) -> Menu:
     """Return all forms and ranks of a layer.
 
@@ -175,7 +168,7 @@ def full_menu(
     given = tuple(_as_array(t) for t in given)
     _check_losses(shape, given)
     loss = given if len(given) > 1 and shape.taps == 1 else given[0]
-    columns = zip(*_form_columns(shape, loss, separable))
+    columns = zip(*_form_columns(shape, loss))
     return Menu(*(np.concatenate(column) for column in columns))
 
 # %% ../../nbs/lib/05_surgery/08_menu.ipynb #06d8a51f
@@ -183,12 +176,11 @@ def menu(
     shape: LayerShape,
     losses: torch.Tensor | tuple,  # as for `full_menu`
     of: str = "params",  # cost that the front is for: params | macs
-    separable: dict = None,  # rank -> predicted loss of the depthwise-separable form
 ) -> Menu:
     """Return the Pareto front of `full_menu`.
 
     The unchanged layer comes last, unless something cheaper loses nothing either.
     """
     one_of("cost", of, ("params", "macs"))
-    full = full_menu(shape, losses, separable)
+    full = full_menu(shape, losses)
     return full.take(pareto(getattr(full, of), full.predicted))
