@@ -13,6 +13,7 @@ from typing import Any
 from ..core import UserError, check_count, check_share, one_of
 from ..costs.kinds import Cost
 from ..criteria.spaces import SearchSpace
+from ..tracing.coupling import NEVER_RAN
 
 # %% ../../nbs/lib/08_budgets/02_limits.ipynb #06a28cdf
 def check_patterns(
@@ -109,6 +110,9 @@ def limiting_words(
         parts.append(f"the cap of {limits.cap:g} of every {space.part}'s {space.unit}")
     parts += cost.unreachable(space.removes_channels)
     parts += [words[k] for k in limits.given]
-    *first, last = [*parts, f"the {len(space.scores.skipped)} {space.frozen}"]
+    skipped = list(space.scores.skipped.values())
+    *first, last = [*parts, f"the {len(skipped)} {space.frozen}"]
+    if NEVER_RAN in skipped:
+        last += f", {skipped.count(NEVER_RAN)} of which {NEVER_RAN},"
     start = f"{', '.join(first)} and " if first else ""
     return f"{start}{last} set the end"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULE_FAMILIES', 'KINDS', 'note_widths', 'apply_module_rule', 'note_normalized', 'module_hooks', 'copy_for_tracing',
-           'fake_log_off', 'watch', 'watch_quickest']
+           'fake_log_off', 'never_read', 'watch', 'runs_alone', 'watch_quickest']
 
 # %% ../../nbs/lib/04_tracing/10_forward.ipynb #c453e7cc
 import contextlib
@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from ..core import UserError, rng_state, set_rng_state
+from ..core import UserError, rng_state, set_rng_state, untouched
 from ..nested import map_tensors, to_device
 from ..profile import attention_fastpath_off, call, device_of
 from ..surgery.channels import INPUT, duplicate, tensors_of
@@ -147,6 +147,24 @@ def fake_log_off() -> Iterator[None]:
 KINDS = ("meta", "fake", "real")  # of tensors: each runs some code that the one before does not
 
 
+def never_read(tracer: Tracer) -> list[str]:
+    """Return the parameters that no operation has read so far, in their order."""
+    found = [n for n, silenced in tracer.named.values() if silenced and n not in tracer.leaves]
+    return found[::-1]
+
+
+def _run_in_training(tracer: Tracer, twin: nn.Module, inputs: object) -> object:
+    """Return the outputs in training mode, `None` where the network does not run in it."""
+    for m in twin.modules():
+        m.training = True
+    try:
+        return call(twin, inputs)
+    except Exception:
+        tracer.modules.clear()
+        tracer.paused = 0
+        return None
+
+
 def watch(
     model: nn.Module,
     inputs: object,  # a tensor, a tuple of positional or a dict of keyword arguments
@@ -154,7 +172,10 @@ def watch(
     heads: str = "whole",
     label_leaf: Callable | None = None,  # labels of parameters; `model` may then be on meta already
 ) -> tuple[Tracer, object]:
-    """Return the tracer of one forward pass in evaluation mode, and the outputs."""
+    """Return the tracer of a forward pass in evaluation mode, and the outputs.
+
+    Where parameters were not read, as those of auxiliary heads, a pass in training mode follows.
+    """
     mode = contextlib.nullcontext()
     if kind == "fake":
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -170,10 +191,25 @@ def watch(
     try:
         with torch.no_grad(), fake_log_off(), mode, attention_fastpath_off(), hooks, tracer:
             out = call(twin, inputs)
+            if never_read(tracer):
+                out = out, _run_in_training(tracer, twin, inputs)
     finally:
         set_rng_state(rng)
         _forget_labels(model)
     return tracer, out
+
+
+@torch.no_grad()
+def runs_alone(model: nn.Module, inputs: object) -> bool:
+    """Return whether a network runs on inputs when nobody watches."""
+    try:
+        with untouched(model):
+            for m in model.modules():
+                m.training = False
+            call(model, to_device(inputs, device_of(model)))
+    except Exception:
+        return False
+    return True
 
 
 def watch_quickest(
@@ -197,9 +233,16 @@ def watch_quickest(
             return *watch(model, to_device(inputs, device_of(model)), kind, heads), kind
         except Exception as e:
             error = e
-    what = " ".join(str(error).split())[:200]
+    if isinstance(error, UserError):
+        raise error
+    name, what = type(model).__name__, " ".join(str(error).split())[:100]
+    if runs_alone(model, inputs):
+        raise UserError(
+            f"{name} runs on these example inputs, but cannot be watched while it runs: "
+            f"{type(error).__name__}: {what}. That is a limit of prune_nb, not a fault of yours. "
+            "Prune the parts of the network that can be watched, each as a module."
+        ) from error
     raise UserError(
-        f"{type(model).__name__} does not run on these example inputs: {type(error).__name__}: "
-        f"{what}. Pass inputs that it takes: a tensor, a tuple of positional or a dict of "
-        "keyword arguments."
+        f"{name} does not run on these example inputs: {type(error).__name__}: {what}. "
+        "Pass inputs that it takes: a tensor, a tuple of positional or a dict of keyword arguments."
     ) from error
