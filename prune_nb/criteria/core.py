@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from ..core import UserError, one_of
+from ..core import UserError, invalid, one_of
 from ..costs.counts import Costs, count_costs
 from prune_nb.criteria.scores import (  # noqa: F401
     COSTS,
@@ -160,6 +160,8 @@ def method_ids() -> dict:
 
 def find_method(name: str | int) -> type:
     """Return the criterion of a name or id. Raise a `UserError` where there is none."""
+    if not isinstance(name, (str, int)):
+        raise invalid("method", name, "Valid: one name, see methods_table().")
     if name in ELSEWHERE:
         raise UserError(ELSEWHERE[name])
     return METHODS[method_ids().get(str(name)) or one_of("method", name, METHODS)]

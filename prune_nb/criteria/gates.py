@@ -30,6 +30,7 @@ from prune_nb.criteria.groups import (
     check_loss,
     members_of,
 )
+from ..curvature.fisher import mean_loss
 from ..nested import count_targets, first_batches, map_tensors, tensors_in
 from ..profile import attention_fastpath_off, call, device_of, to_device
 from ..surgery.channels import INPUT, Group
@@ -140,7 +141,6 @@ class Gates:
 
     def __init__(self, context: ScoringContext):
         self.context, self.model = context, context.model
-        self.loss = F.cross_entropy if context.loss is None else context.loss
         self.z = {}  # group name -> gates, while the network runs
         self.called = set()  # names of the readers that ran as layers
         self.at_inputs = set()  # names of those whose inputs are multiplied
@@ -208,6 +208,10 @@ class Gates:
     def value(self, z: dict, x: Any, y: Any) -> torch.Tensor:
         """Return the mean loss with these gates."""
         return self.loss(self.outputs(z, x), y)
+
+    def loss(self, outputs: Any, targets: Any) -> torch.Tensor:
+        """Return the mean loss of outputs."""
+        return mean_loss(outputs, targets, self.context.loss)
 
     def silences(self, group: Group) -> bool:
         """Return whether closed gates remove the units of a group; it is tried once."""

@@ -37,6 +37,11 @@ class LayerScores:
     moments: torch.Tensor = None  # C_out x C_in x taps: measured squares of the gradient
     cache: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    def __post_init__(self):
+        for name, t in list(vars(self).items()):
+            if isinstance(t, torch.Tensor) and t.dtype == torch.bfloat16:  # NumPy has no such type
+                setattr(self, name, t.float())
+
     @property
     def rows(self) -> torch.Tensor:
         """Return the saliency of every output direction."""

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FISHERS', 'is_cross_entropy', 'check_likelihood', 'mix_bits', 'example_keys', 'ExampleUniforms', 'sampled_labels',
-           'mean_loss', 'fisher_losses']
+           'check_shares', 'mean_loss', 'fisher_losses']
 
 # %% ../../nbs/lib/03_curvature/06_fisher.ipynb #7181e83b
 from collections.abc import Callable
@@ -152,6 +152,20 @@ def sampled_labels(
     return labels.clamp_(max=logits.shape[1] - 1).to(logits.device)
 
 # %% ../../nbs/lib/03_curvature/06_fisher.ipynb #90695fd7
+def check_shares(targets: Any):
+    """Raise a `UserError` for floating-point targets that are not shares of classes: of a regression."""
+    is_float = isinstance(targets, torch.Tensor) and targets.is_floating_point()
+    if not is_float or targets.ndim < 2 or torch._C._functorch.is_batchedtensor(targets):
+        return
+    sums = targets.sum(1)
+    if (targets >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
+        return
+    raise UserError(
+        "The targets are numbers, and neither classes nor shares of classes, which the cross-entropy "
+        "takes. Pass the loss of this task: loss=torch.nn.functional.mse_loss for a regression."
+    )
+
+
 def mean_loss(
     outputs: Any,  # of the model
     targets: Any,
@@ -160,8 +174,11 @@ def mean_loss(
     """Return the mean loss of a batch, a scalar tensor.
 
     Raises a `UserError` where a loss gives anything else, and for targets that the cross-entropy
-    does not take. Exceptions inside a custom loss are not changed.
+    does not take, or takes for shares of classes although they are none. Exceptions inside a custom
+    loss are not changed.
     """
+    if is_cross_entropy(loss):
+        check_shares(targets)
     try:
         value = (loss or F.cross_entropy)(outputs, targets)
     except (TypeError, RuntimeError, IndexError, ValueError, AttributeError) as error:
