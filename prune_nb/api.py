@@ -19,7 +19,7 @@ from .budgets.allocation import allocate, check_budget
 from .core import UserError, renamed, untouched
 from .costs.kinds import Cost, find_cost
 from .criteria.core import Scores, collector_of, register, score
-from .nested import FirstExamples, first_example, is_example
+from .nested import FirstExamples, is_example
 from .profile import compare
 from .recovery.compensation import compensate
 from .recovery.refit import check_data as check_refit_data
@@ -29,6 +29,7 @@ from .surgery.export import export, load, save
 from .surgery.plan import Plan
 from .surgery.verify import verify
 from .tracing.coupling import trace
+from .tracing.forward import example_of
 from .train import refresh_bn
 
 _all_ = [allocate, export, load, register, save, score, trace, verify]
@@ -212,7 +213,7 @@ def prune(
     scores = score(
         model, data, method, samples, fisher, loss, seed, ignore, reduction, normalization, progress
     )
-    example = first_example(data)
+    example = example_of(model, data)
     kind = find_cost(cost, table)
     if kind.needs_table and kind.table is None:
         table = kind.measure(model, example, scores, progress=progress)

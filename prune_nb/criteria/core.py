@@ -6,7 +6,8 @@
 __all__ = ['METHODS', 'COLLECTORS', 'ELSEWHERE', 'MEASURES', 'REDUCTIONS', 'NORMALIZATIONS', 'Criterion', 'Collector',
            'collector', 'fill_defaults', 'register', 'method_ids', 'find_method', 'collector_of', 'criterion_of',
            'tagged_source', 'load_criteria', 'reduce_members', 'normalize_group', 'ScoringContext', 'reduction_of',
-           'normalization_of', 'skipped_groups', 'group_scores', 'layer_scores', 'score', 'collect_all']
+           'normalization_of', 'skipped_groups', 'group_scores', 'layer_scores', 'grouped_reasons', 'score',
+           'collect_all']
 
 # %% ../../nbs/lib/07_criteria/03_core.ipynb #db978907
 import importlib
@@ -35,10 +36,11 @@ from prune_nb.criteria.scores import (  # noqa: F401
     scores_table,
 )
 from .spaces import ChannelSpace, DirectionSpace, FormSpace, SearchSpace
-from ..nested import first_example, is_example
+from ..nested import is_example
 from ..profile import count_macs, count_params
 from ..surgery.plan import signature
 from ..tracing.coupling import Coupling, trace
+from ..tracing.forward import example_of
 
 # %% ../../nbs/lib/07_criteria/03_core.ipynb #af985c1a
 _all_ = [
@@ -279,7 +281,7 @@ class ScoringContext:
     @cached_property
     def example(self) -> Any:
         """Return the inputs of one example."""
-        return first_example(self.data)
+        return example_of(self.model, self.data)
 
     @cached_property
     def coupling(self) -> Coupling:
@@ -410,10 +412,24 @@ def _check_methods(methods: list, data: Any, reduction: str, normalization: str)
             )
 
 
+def grouped_reasons(reasons: dict[str, str], most: int = 3) -> str:
+    """Return why things are kept, in one sentence: the most frequent reasons, each with one example."""
+    names = {}
+    for name, why in reasons.items():
+        names.setdefault(why, []).append(name)
+    found = sorted(names.items(), key=lambda item: -len(item[1]))
+    parts = []
+    for why, of in found[:most]:
+        more = f" and {len(of) - 1} more" if len(of) > 1 else ""
+        parts.append(f"{why[:70]} ({of[0]}{more})")
+    rest = len(found) - most
+    return "; ".join(parts) + (f"; and {rest} other reasons, see trace()" if rest > 0 else "")
+
+
 def _check_found(scores: Scores):
     if scores.layers or scores.groups:
         return
-    why = "; ".join(f"{k}: {v}" for k, v in scores.skipped.items())
+    why = grouped_reasons(scores.skipped)
     raise UserError(
         f"No layer is left to prune with {scores.method!r}: "
         f"{why or 'the network has no parameters'}."

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'INPUT', 'Group', 'pack_positions', 'unpack_positions', 'Cut', 'merge_positions', 'kept_positions',
-           'gather_kept', 'shape_kept', 'zero_positions', 'tensors_of', 'duplicate', 'copy_with', 'set_sizes',
-           'set_counts', 'check_fits', 'cut', 'KeptNorm', 'weight_norm_directions', 'zero_removed', 'cut_optimizer']
+           'gather_kept', 'shape_kept', 'zero_positions', 'tensors_of', 'duplicate', 'uncopyable', 'is_copyable',
+           'copy_with', 'set_sizes', 'set_counts', 'check_fits', 'cut', 'KeptNorm', 'weight_norm_directions',
+           'zero_removed', 'cut_optimizer']
 
 # %% ../../nbs/lib/05_surgery/01_channels.ipynb #62184d31
 import copy
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 from ..core import UserError
+from ..nested import leaves_in
 
 # %% ../../nbs/lib/05_surgery/01_channels.ipynb #44859310
 @dataclass
@@ -188,13 +190,43 @@ def duplicate(
     model: nn.Module,
     tensors: dict,  # id of a tensor -> what replaces it
 ) -> nn.Module:
-    """Return a deep copy of `model` with other tensors."""
+    """Return a deep copy of `model` with other tensors.
+
+    Tensors with a history are copied without it; what has no copy, as a lock or an open file, is
+    shared with `model`.
+    """
     empty = {}
     for m in model.modules():
         for value in vars(m).values():
             if type(value) is OrderedDict and not value:
                 empty[id(value)] = OrderedDict()
-    return copy.deepcopy(model, empty | tensors)
+    try:
+        return copy.deepcopy(model, empty | tensors)
+    except (RuntimeError, TypeError):
+        return copy.deepcopy(model, empty | uncopyable(model) | tensors)
+
+
+def uncopyable(model: nn.Module) -> dict:
+    """Return id -> replacement of what attributes hold that cannot be copied as it is."""
+    found = {}
+    for m in model.modules():
+        for value in vars(m).values():
+            for leaf in leaves_in(value):
+                if isinstance(leaf, torch.Tensor):
+                    if leaf.grad_fn is not None or leaf.is_inference():
+                        found[id(leaf)] = leaf.detach().clone()
+                elif not is_copyable(leaf):
+                    found[id(leaf)] = leaf
+    return found
+
+
+def is_copyable(x: object) -> bool:
+    """Return whether `copy.deepcopy` takes an object."""
+    try:
+        copy.deepcopy(x)
+    except Exception:
+        return False
+    return True
 
 
 def _complete_graph_module(original: torch.fx.GraphModule, duplicate: nn.Module):

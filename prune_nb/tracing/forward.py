@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULE_FAMILIES', 'KINDS', 'note_widths', 'apply_module_rule', 'note_normalized', 'module_hooks', 'copy_for_tracing',
-           'fake_log_off', 'never_read', 'watch', 'runs_alone', 'watch_quickest']
+           'fake_log_off', 'never_read', 'watch', 'runs_alone', 'watch_quickest', 'example_of']
 
 # %% ../../nbs/lib/04_tracing/10_forward.ipynb #c453e7cc
 import contextlib
@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from ..core import UserError, rng_state, set_rng_state, untouched
-from ..nested import map_tensors, to_device
+from ..nested import first_example, is_example, map_tensors, to_device
 from ..profile import attention_fastpath_off, call, device_of
 from ..surgery.channels import INPUT, duplicate, tensors_of
 from . import attention, contractions, indexing, pointwise, reductions, views
@@ -199,6 +199,18 @@ def watch(
     return tracer, out
 
 
+def _advice(inputs: object) -> str:
+    """Return what to pass instead of inputs that do not run."""
+    if isinstance(inputs, (tuple, list)) and len(inputs) != 1:
+        return (
+            "A tuple or list is spread over the arguments: pass one argument that is a list as "
+            "(images,), and data as ((images,), targets)."
+        )
+    return (
+        "Pass inputs that it takes: a tensor, a tuple of positional or a dict of keyword arguments."
+    )
+
+
 @torch.no_grad()
 def runs_alone(model: nn.Module, inputs: object) -> bool:
     """Return whether a network runs on inputs when nobody watches."""
@@ -244,5 +256,14 @@ def watch_quickest(
         ) from error
     raise UserError(
         f"{name} does not run on these example inputs: {type(error).__name__}: {what}. "
-        "Pass inputs that it takes: a tensor, a tuple of positional or a dict of keyword arguments."
+        + _advice(inputs)
     ) from error
+
+# %% ../../nbs/lib/04_tracing/10_forward.ipynb #example1
+def example_of(model: nn.Module, data: object) -> object:
+    """Return inputs to watch `model` on: of one example, or a whole batch where one does not run."""
+    one = first_example(data)
+    if is_example(data) or runs_alone(model, one):
+        return one
+    batch = next(iter(data))[0]
+    return batch if runs_alone(model, batch) else one

@@ -253,6 +253,8 @@ def note_head_sizes(
     names = FEATURE_COUNTS if axis == labels.ndim - 1 else HEAD_COUNTS
     for name, value in vars(model.get_submodule(split.owner)).items():
         size = f"{split.owner}:{name}"
+        if type(value) is not int:
+            continue
         if name in names and value == len(shrinking):
             tracer.leaves.setdefault(size, {0: shrinking})
         for part in (labels, labels[0]):

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['RULES', 'POINTWISE', 'SIZE_ARGUMENTS', 'LAYOUT_OPERATIONS', 'SAME_SHAPE', 'AXIS_LABELS', 'WHOLE_TENSOR',
            'NORMALIZERS', 'WIDTHS', 'rule', 'operand_tensors', 'no_rule', 'find_rule', 'is_pointwise', 'Operation',
-           'LoggedOperation', 'describe_operation', 'shortcut', 'Tracer', 'note_count', 'note_width', 'note_shape',
-           'channel_labels', 'mix_dimensions', 'for_each_result', 'for_first_result', 'trace_function', 'label_table']
+           'LoggedOperation', 'describe_operation', 'shortcut', 'Tracer', 'is_shape', 'note_count', 'note_width',
+           'note_shape', 'channel_labels', 'mix_dimensions', 'for_each_result', 'for_first_result', 'trace_function',
+           'label_table']
 
 # %% ../../nbs/lib/04_tracing/02_tracer.ipynb #a69984a8
 import functools
@@ -283,11 +284,16 @@ WIDTHS = frozenset(
 )
 
 
+def is_shape(held: object) -> bool:
+    """Return whether an attribute holds sizes: a tuple or list of whole numbers."""
+    return isinstance(held, (tuple, list)) and bool(held) and all(type(n) is int for n in held)
+
+
 def _place_of_size(held: object, n: int) -> int | None:
     """Return where an attribute holds the size `n`: 0, or the last place of several sizes."""
     if type(held) is int and held == n:
         return 0
-    if isinstance(held, (tuple, list)) and held and held[-1] == n:
+    if is_shape(held) and held[-1] == n:
         return len(held) - 1
     return None
 
@@ -308,7 +314,7 @@ def note_width(tracer: Tracer, labels: np.ndarray):
     """Note every attribute named in `WIDTHS` in which the running module holds this number."""
     module = tracer.modules[-1][1] if tracer.modules else None
     for name, value in vars(module).items() if module else ():
-        if name in WIDTHS and value == len(labels):
+        if name in WIDTHS and type(value) is int and value == len(labels):
             note_count(tracer, name, labels)
 
 
@@ -316,7 +322,7 @@ def note_shape(tracer: Tracer, dim: int, shape: tuple, labels: np.ndarray):
     """Note every attribute that holds the whole `shape` of a result, labelled along `dim`."""
     name, module = tracer.modules[-1] if tracer.modules else ("", None)
     for attribute, value in vars(module).items() if module else ():
-        if isinstance(value, (tuple, list)) and len(value) > 1 and tuple(value) == shape:
+        if is_shape(value) and len(value) > 1 and tuple(value) == shape:
             tracer.leaves.setdefault(f"{name}:{attribute}", {dim: labels})
 
 # %% ../../nbs/lib/04_tracing/02_tracer.ipynb #c790e617
