@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['output_layer', 'collect_options', 'average_statistics', 'collect_statistics', 'statistics', 'without_bias',
-           'layer_basis', 'measure_moments', 'skipped_layers', 'scored_layers', 'from_kfac']
+           'layer_basis', 'measure_moments', 'read_elsewhere', 'skipped_layers', 'scored_layers', 'from_kfac']
 
 # %% ../../nbs/lib/07_criteria/05_layers.ipynb #d9c0d8a7
 import dataclasses
 import math
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from .core import Scores, ScoringContext, collector, layer_scores
 from ..curvature.eigen import eigenbasis
 from ..curvature.ekfac import second_moments
 from ..curvature.kfac import KFAC, Statistics, batches, collect
-from ..profile import call, device_of, to_device
+from ..profile import attention_fastpath_off, call, device_of, to_device
 from ..surgery.factorize import why_unfactorizable
 
 # %% ../../nbs/lib/07_criteria/05_layers.ipynb #9ba7b4df
@@ -160,12 +161,55 @@ def measure_moments(
     return context.shared[key]
 
 # %% ../../nbs/lib/07_criteria/05_layers.ipynb #e30aac44
+@torch.no_grad()
+def read_elsewhere(
+    model: nn.Module,
+    names: Iterable[str],  # of layers
+    inputs: object,
+) -> set[str]:
+    """Return the layers whose weight or bias is read by other code than their own forward pass.
+
+    A factorised layer has neither. PyTorch's fused encoders do so, but surgery keeps them from it.
+    """
+    found, running, layers = set(), set(), {n: model.get_submodule(n) for n in names}
+    own = {n: type(layer) for n, layer in layers.items()}
+
+    def watched(name: str, kind: type) -> type:
+        class Watched(kind):
+            def __getattr__(self, attribute: str) -> object:
+                if attribute in ("weight", "bias") and name not in running:
+                    found.add(name)
+                return super().__getattr__(attribute)
+
+            def forward(self, *args: object, **kwargs: object) -> object:
+                running.add(name)
+                try:
+                    return super().forward(*args, **kwargs)
+                finally:
+                    running.discard(name)
+
+        return Watched
+
+    with untouched(model), attention_fastpath_off():
+        model.eval()
+        try:
+            for name, layer in layers.items():
+                layer.__class__ = watched(name, own[name])
+            call(model, to_device(inputs, device_of(model)))
+        finally:
+            for name, layer in layers.items():
+                layer.__class__ = own[name]
+    return found
+
+
 def skipped_layers(context: ScoringContext, stats: Statistics) -> dict:
     """Return layer name -> why it has no scores."""
     skipped = dict(stats.skipped)
     skipped |= dict.fromkeys(context.ignore, "ignored, as asked")
     if len(stats) > 1:
         skipped[output_layer(context.model, stats, context.example)] = "the output layer"
+    for k in read_elsewhere(context.model, stats, context.example):
+        skipped.setdefault(k, "its weight is read by other code too")
     for k in stats:
         why = why_unfactorizable(context.model.get_submodule(k))
         if why and k not in skipped:

@@ -385,6 +385,13 @@ class KeptNorm(nn.Module):
         super().__init__()
         self.norm, self.dim, self.removed = norm, dim, removed
 
+    def __getattr__(self, name: str) -> object:
+        """Return what the normalisation has where this has nothing of the name, as `weight`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("norm"), name)
+
     def forward(self, x: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
         """Apply the normalisation to the kept indices of `x`."""
         kept = torch.from_numpy(kept_positions(x.shape[self.dim], self.removed)).to(x.device)
@@ -442,16 +449,8 @@ def _cut_state(state: dict, p: torch.Tensor, removed: dict) -> dict:
     return new
 
 
-@torch.no_grad()
-def cut_optimizer(
-    optimizer: torch.optim.Optimizer, model: nn.Module, small: nn.Module, removed: dict
-):
-    """Let `optimizer` continue with `small`, which `cut` made of `model`, in place.
-
-    Its parameters are replaced, and every state of a parameter's shape is cut as the parameter was.
-    Raises a `UserError` when it holds parameters of another network.
-    """
-    names, new = {p: n for n, p in model.named_parameters()}, dict(small.named_parameters())
+def _check_optimizer(optimizer: torch.optim.Optimizer, names: dict, new: dict, removed: dict):
+    """Raise a `UserError` where an optimiser cannot go on with the cut network."""
     held = sum((g["params"] for g in optimizer.param_groups), [])
     foreign = [p for p in held if p not in names]
     if foreign:
@@ -459,6 +458,42 @@ def cut_optimizer(
             f"The optimiser holds {len(foreign)} parameters that are not the network's. "
             "Pass the network that it trains, as it was before the cut."
         )
+    replaced = [names[p] for p in held if names[p] not in new]
+    if replaced:
+        raise UserError(
+            f"The surgery replaced {len(replaced)} parameters by others, the first {replaced[0]!r}: "
+            f"factorised layers. Make a new {type(optimizer).__name__} for the pruned network."
+        )
+    for p in held:
+        for key, value in optimizer.state.get(p, {}).items():
+            is_whole = not isinstance(value, torch.Tensor) or value.dim() == 0
+            if is_whole and not isinstance(value, (list, tuple)):
+                continue
+            if removed.get(names[p]) and getattr(value, "shape", None) != p.shape:
+                raise UserError(
+                    f"The state {key!r} of {type(optimizer).__name__} has not the shape of its "
+                    f"parameter {names[p]!r}, so it cannot be cut with it. Make a new "
+                    f"{type(optimizer).__name__} for the pruned network."
+                )
+    if len(optimizer.state) and not optimizer.state.keys() <= set(held):
+        raise UserError(
+            f"{type(optimizer).__name__} keeps state that belongs to no parameter. "
+            "Make a new one for the pruned network."
+        )
+
+
+@torch.no_grad()
+def cut_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, small: nn.Module, removed: dict
+):
+    """Let `optimizer` continue with `small`, which `cut` made of `model`, in place.
+
+    Its parameters are replaced, and every state of a parameter's shape is cut as the parameter was.
+    Raises a `UserError`, and changes nothing, when it holds parameters of another network or state
+    that cannot be cut.
+    """
+    names, new = {p: n for n, p in model.named_parameters()}, dict(small.named_parameters())
+    _check_optimizer(optimizer, names, new, removed)
     for g in optimizer.param_groups:
         for p in g["params"]:
             state = optimizer.state.pop(p, None)
