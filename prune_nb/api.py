@@ -24,7 +24,7 @@ from .profile import compare
 from .recovery.compensation import compensate
 from .recovery.refit import check_data as check_refit_data
 from .recovery.refit import refit as refit_plan
-from .surgery.channels import kept_positions
+from .surgery.channels import kept_positions, plain_network
 from .surgery.export import export, load, save
 from .surgery.plan import Plan
 from .surgery.verify import verify
@@ -180,6 +180,7 @@ def check_data(data: object, method: str):
 
 # %% ../nbs/lib/10_api/01_api.ipynb #615042a0
 @renamed(of="cost", how="strategy")
+@torch.inference_mode(False)
 def prune(
     model: nn.Module,  # untouched
     data: object,  # DataLoader or list of (inputs, targets); for some methods example inputs
@@ -206,6 +207,7 @@ def prune(
     Raises `UserError` for bad input and for a budget that cannot be met, with the reachable range;
     `VerificationError` if the surgery were not exact.
     """
+    model = plain_network(model)
     check_budget(ratio, cost)
     check_data(data, method)
     if refit:

@@ -133,7 +133,9 @@ def layer_macs(model: nn.Module, inputs: object) -> dict:
     layers = layer_params(model)
     counter = _LayerCounter(layers)
     for name in layers:
-        counter.watch(name, model.get_submodule(name))
+        module = model.get_submodule(name)
+        if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+            counter.watch(name, module)
     with attention_fastpath_off(), torch.no_grad(), counter:
         call(model, to_device(inputs, device_of(model)))
     return {name: n for name, n in counter.macs.items() if name or n}

@@ -6,8 +6,8 @@
 __all__ = ['METHODS', 'COLLECTORS', 'ELSEWHERE', 'MEASURES', 'REDUCTIONS', 'NORMALIZATIONS', 'Criterion', 'Collector',
            'collector', 'fill_defaults', 'register', 'method_ids', 'find_method', 'collector_of', 'criterion_of',
            'tagged_source', 'load_criteria', 'reduce_members', 'normalize_group', 'ScoringContext', 'reduction_of',
-           'normalization_of', 'skipped_groups', 'group_scores', 'layer_scores', 'grouped_reasons', 'score',
-           'collect_all']
+           'normalization_of', 'skipped_groups', 'group_scores', 'layer_scores', 'grouped_reasons', 'check_values',
+           'score', 'collect_all']
 
 # %% ../../nbs/lib/07_criteria/03_core.ipynb #db978907
 import importlib
@@ -38,6 +38,7 @@ from prune_nb.criteria.scores import (  # noqa: F401
 from .spaces import ChannelSpace, DirectionSpace, FormSpace, SearchSpace
 from ..nested import is_example
 from ..profile import count_macs, count_params
+from ..surgery.channels import plain_network
 from ..surgery.plan import signature
 from ..tracing.coupling import Coupling, trace
 from ..tracing.forward import example_of
@@ -436,6 +437,17 @@ def _check_found(scores: Scores):
     )
 
 # %% ../../nbs/lib/07_criteria/03_core.ipynb #7bcd1367
+def check_values(model: nn.Module):
+    """Raise a `UserError` where parameters have no values."""
+    empty = [name for name, p in model.named_parameters() if p.is_meta]
+    if empty:
+        raise UserError(
+            f"{len(empty)} parameters are on the meta device and have no values, the first "
+            f"{empty[0]!r}. Load weights first; trace() alone works without."
+        )
+
+
+@torch.inference_mode(False)
 def score(
     model: nn.Module,
     data: Any,  # iterable of (inputs, targets); example inputs where no loss is needed
@@ -454,6 +466,8 @@ def score(
     For several methods, return a dict by name, with one pass for each kind of statistic. The
     model is as before, also after an error.
     """
+    model = plain_network(model)
+    check_values(model)
     single = isinstance(method, (str, int))
     names = [find_method(m).name for m in ([method] if single else method)]
     ignore = [ignore] if isinstance(ignore, str) else list(ignore)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SIZES', 'INPUT', 'Group', 'pack_positions', 'unpack_positions', 'Cut', 'merge_positions', 'kept_positions',
            'gather_kept', 'shape_kept', 'zero_positions', 'tensors_of', 'duplicate', 'uncopyable', 'is_copyable',
-           'copy_with', 'set_sizes', 'set_counts', 'check_fits', 'cut', 'KeptNorm', 'weight_norm_directions',
-           'zero_removed', 'cut_optimizer']
+           'plain_network', 'copy_with', 'set_sizes', 'set_counts', 'check_fits', 'cut', 'KeptNorm',
+           'weight_norm_directions', 'zero_removed', 'cut_optimizer']
 
 # %% ../../nbs/lib/05_surgery/01_channels.ipynb #62184d31
 import copy
@@ -227,6 +227,20 @@ def is_copyable(x: object) -> bool:
     except Exception:
         return False
     return True
+
+
+def plain_network(model: nn.Module) -> nn.Module:
+    """Return the network that `torch.compile`, DataParallel or DistributedDataParallel has wrapped.
+
+    One that was made in inference mode is copied, with ordinary tensors. Any other is returned itself.
+    """
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, parallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, parallel) else model._orig_mod
+    if isinstance(model, nn.Module) and any(t.is_inference() for t in tensors_of(model).values()):
+        with torch.inference_mode(False):
+            return copy_with(model, lambda name, t: t.clone())
+    return model
 
 
 def _complete_graph_module(original: torch.fx.GraphModule, duplicate: nn.Module):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'OLD_FORMAT', 'LAYER_TYPES', 'KeepDirections', 'ReplaceKernel', 'Update', 'signature', 'Plan',
-           'leave_fused_paths', 'plan_table', 'compose', 'inverse', 'difference', 'parse_plan', 'save_plan',
-           'load_plan']
+           'leave_fused_paths', 'earlier_plans', 'plan_table', 'compose', 'inverse', 'difference', 'parse_plan',
+           'save_plan', 'load_plan']
 
 # %% ../../nbs/lib/05_surgery/10_plan.ipynb #494d90ae
 import dataclasses
@@ -30,6 +30,7 @@ from prune_nb.surgery.channels import (
     cut,
     kept_positions,
     merge_positions,
+    plain_network,
     zero_removed,
 )
 from prune_nb.surgery.factorize import (
@@ -245,6 +246,7 @@ class Plan:
         What is removed is silenced, and a normalisation over removed channels is over the kept ones.
         Raises `UserError` for a plan that both cuts channels and factorises layers.
         """
+        model = plain_network(model)
         removed = _check_fit(self, model)
         if removed and self.layers:
             raise UserError(
@@ -350,18 +352,28 @@ def leave_fused_paths(model: nn.Module, changed: list[str]) -> nn.Module:
     return model
 
 
+def earlier_plans(model: nn.Module) -> dict:
+    """Return what `prune_plan` keeps of the plans that a network was pruned by already."""
+    before = getattr(model, "prune_plan", None)
+    if not isinstance(before, dict):
+        return {}
+    last = {key: value for key, value in before.items() if key != "earlier"}
+    return dict(earlier=[*before.get("earlier", []), last])
+
+
 def _rewrite(plan: Plan, model: nn.Module, new_layer: Callable, stored: dict) -> nn.Module:
     """Return a copy of `model`, updated and cut, its layers then replaced by `new_layer`.
 
     It keeps `stored`, the plan as plain data, as `prune_plan`.
     """
+    model = plain_network(model)
     removed = _check_fit(plan, model)
     if removed:
         small = cut(_update_rows(plan, model, removed), removed)
     else:
         small = _copy(model)
     _check_layers(small, plan.layers)
-    _replace_layers(small, plan.layers, new_layer).prune_plan = stored
+    _replace_layers(small, plan.layers, new_layer).prune_plan = stored | earlier_plans(model)
     return leave_fused_paths(small, [*removed, *plan.layers])
 
 # %% ../../nbs/lib/05_surgery/10_plan.ipynb #2f03c22e

@@ -13,6 +13,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from types import FunctionType, MethodType
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,7 +176,7 @@ class Choices(TorchDispatchMode):
         return self._replaced(operation, args, kwargs, out, given)
 
     def _replaced(
-        self, operation: Callable, args: tuple, kwargs: dict, out: object, given: list
+        self, operation: Callable, args: tuple, kwargs: dict, out: Any, given: list
     ) -> object:
         values = chosen_values(operation, args, kwargs, given[0])
         if values is not None:

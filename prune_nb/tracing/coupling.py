@@ -28,6 +28,7 @@ from prune_nb.surgery.channels import (
     cut,
     gather_kept,
     merge_positions,
+    plain_network,
     shape_kept,
     tensors_of,
 )
@@ -450,6 +451,7 @@ def _owners(names: list[str]) -> list[str]:
     return list(dict.fromkeys(n.rpartition(".")[0] or "the network itself" for n in names))
 
 
+@torch.inference_mode(False)
 def trace(
     model: nn.Module,
     example_inputs: object,  # a tensor, a tuple of positional or a dict of keyword arguments
@@ -462,6 +464,7 @@ def trace(
     Raises a `UserError` when it does not run on the inputs, or its outputs cannot be looked into.
     """
     one_of("part of heads", heads, ("whole", "features"))
+    model = plain_network(model)
     tracer, out, kind = watch_quickest(model, example_inputs, heads)
     for t in check_outputs(model, out):
         tracer.freeze(t, "an output of the network")
