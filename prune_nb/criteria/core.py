@@ -51,7 +51,7 @@ _all_ = [
     "GroupScores",
     "LayerScores",
     "Scores",
-    "first_example",
+    "example_of",
     "is_example",
     "least_half",
     "load_scores",

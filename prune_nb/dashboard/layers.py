@@ -32,7 +32,7 @@ from prune_nb.criteria.core import (
     METHODS,
     Scores,
     collector_of,
-    first_example,
+    example_of,
     is_example,
     score,
 )
@@ -653,7 +653,7 @@ class BudgetPanel(View):
     ):
         super().__init__()
         self.model, self.batches, self.runs_dir = model, data, runs_dir
-        self.example = first_example(data)
+        self.example = example_of(model, data)
         self.scored = wanted_scores(scores, data)
         self.coupling = trace(model, self.example)
         self.layers = list(weight_sides(model))
@@ -839,9 +839,9 @@ def python_recipe(
     if latency:
         lines.append("from prune_nb.costs.latency import latency_table")
     lines += [
-        "from prune_nb.criteria.core import first_example, is_example, score",
+        "from prune_nb.criteria.core import example_of, is_example, score",
         "",
-        "example = first_example(data)",
+        "example = example_of(model, data)",
         f"scores = score(model, data, {scoring})",
     ]
     if latency:

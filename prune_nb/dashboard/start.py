@@ -23,7 +23,7 @@ from prune_nb.criteria.core import (
     METHODS,
     Scores,
     collector_of,
-    first_example,
+    example_of,
     is_example,
     load_scores,
     method_ids,
@@ -307,7 +307,7 @@ def scores_alike(opened: Opened, scores: list[Scores]) -> list[Scores]:
 
 def results(opened: Opened, scores: list[Scores], ratio: float, of: str) -> list[Result]:
     """Return what each of `scores` makes of the same budget."""
-    example = first_example(opened.data)
+    example = example_of(opened.model, opened.data)
     plans = [allocate(s, ratio, of) for s in scores]
     return [
         apply_plan(opened.model, plan, s, opened.batches, example) for plan, s in zip(plans, scores)
