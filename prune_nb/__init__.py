@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['load_data', 'create_model', 'fit', 'evaluate', 'prune', 'Result', 'verify', 'save', 'load', 'export', 'trace',
-           'Coupling', 'score', 'Scores', 'methods_table', 'allocate', 'Plan', 'apply_plan', 'refit', 'save_plan',
-           'load_plan', 'save_scores', 'load_scores', 'count_params', 'count_macs', 'latency_ms', 'latency_table',
-           'latency_report', 'register', 'UserError', 'VerificationError']
+           'Coupling', 'score', 'Scores', 'methods_table', 'allocate', 'Plan', 'apply_plan', 'refit', 'compensate',
+           'save_plan', 'load_plan', 'save_scores', 'load_scores', 'count_params', 'count_macs', 'latency_ms',
+           'latency_table', 'latency_report', 'register', 'UserError', 'VerificationError']
 
 # %% ../nbs/lib/10_api/02_public.ipynb #fdd4f765
 from importlib import import_module as _import_module
@@ -34,6 +34,7 @@ _all_ = [
     "Plan",
     "apply_plan",
     "refit",
+    "compensate",
     "save_plan",
     "load_plan",
     "save_scores",
@@ -69,6 +70,7 @@ _MODULES = {
     "Plan": "surgery.plan",
     "apply_plan": "api",
     "refit": "recovery.refit",
+    "compensate": "recovery.compensation",
     "save_plan": "surgery.plan",
     "load_plan": "surgery.plan",
     "save_scores": "criteria.core",
@@ -109,6 +111,7 @@ if TYPE_CHECKING:
     from prune_nb.data import load_data
     from prune_nb.models import create_model
     from prune_nb.profile import count_macs, count_params, latency_ms
+    from prune_nb.recovery.compensation import compensate
     from prune_nb.recovery.refit import refit
     from prune_nb.surgery.export import export, load, save
     from prune_nb.surgery.plan import Plan, load_plan, save_plan

@@ -13,7 +13,7 @@ import prune_nb
 
 NAMES = prune_nb.__all__
 CONTRACT = """prune score allocate trace Plan Scores Result save load export register fit evaluate
-latency_table refit verify create_model load_data load_plan save_plan UserError"""
+latency_table refit compensate verify create_model load_data load_plan save_plan UserError"""
 HEAVY = ["torch", "numpy", "pandas", "torchvision", "plotly", "papermill", "nbdev", "IPython"]
 NOTEBOOK_TOOLS = ["nbdev", "fastcore", "execnb", "plotly", "papermill", "IPython", "ipywidgets"]
 

@@ -544,9 +544,7 @@ class TrainingParams(PathParams):
     ema: float = param(
         0.0, "decay of an average of the weights, which is kept; 0 for none", share(), rare=True
     )
-    refit: bool = param(
-        False, "whether factorised layers are solved in closed form before training"
-    )
+    refit: bool = param(False, "whether layers are solved in closed form before training")
     start: str = param(
         "finetune", f"weights after the last surgery: {' | '.join(STARTS)}", STARTS, rare=True
     )
@@ -604,13 +602,13 @@ def check_directions(p: "PruneParams"):
 
 
 def check_refit(p: "PruneParams"):
-    """Raise a `UserError` for a refit of layers that are not factorised, or not from the baseline."""
+    """Raise a `UserError` for a refit after masked training, or of weights not the baseline's."""
     if not p.refit:
         return
-    if collector_of(p.method).ranks != "layers":
+    if p.schedule in WHILE_TRAINING:
         raise UserError(
-            f"refit is for methods that factorise layers; {p.method!r} cuts channels. Leave it "
-            "out, or take a method that ranks directions of layers."
+            f"The schedule {p.schedule!r} trains the network in its masked shape, after which there is "
+            "nothing to refit. Leave refit out, or take one_shot or iterative."
         )
     if p.start == "rewind":
         raise UserError(

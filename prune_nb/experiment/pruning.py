@@ -358,7 +358,7 @@ def plan_of_round(
         first = scores if is_first else load_scores(scores_path(experiment, 1))
         removed = units_of(total) if total else 0
         plan = planned(p, scores, ratio_of_rest(goal, scores, first, removed, cost))
-    if p.refit and "refit" not in plan.settings:
+    if p.refit and plan.layers and "refit" not in plan.settings:
         plan = refit(before, plan, experiment.images, scores=scores)
     return plan
 
@@ -375,7 +375,8 @@ def surgery(experiment: Experiment, number: int, goal: float) -> Surgery:
         whole = combined_plan(total, plan, experiment.model)
         if number == len(experiment.params.segments):
             save_plan(whole, run.path("plan.json"))
-        result = apply_plan(before, plan, scores, experiment.images, example)
+        compensated = experiment.params.refit and not plan.layers
+        result = apply_plan(before, plan, scores, experiment.images, example, compensated)
     if total:
         table = report(experiment.model, result.model, whole, example)
         result = replace(result, report=table)

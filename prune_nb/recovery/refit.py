@@ -197,13 +197,13 @@ class LayerUse(NamedTuple):
     "How a forward pass uses a layer."
 
     calls: int
-    normalised: bool  # whether batch normalisation reads its outputs
+    norm: str = ""  # the batch normalisation that reads its outputs; empty where none does
 
 
 @torch.no_grad()
 def layer_uses(model: nn.Module, names: list | dict, inputs: object) -> dict[str, LayerUse]:
     "Return the `LayerUse` of each of these layers that is called, in the order of the first calls."
-    outputs, calls, normalised = [], {}, set()
+    outputs, calls, norms = [], {}, {}
 
     def record(name: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple, output: torch.Tensor):
@@ -212,18 +212,21 @@ def layer_uses(model: nn.Module, names: list | dict, inputs: object) -> dict[str
 
         return hook
 
-    def find_reader(module: nn.Module, inputs: tuple):
-        if inputs:
-            normalised.update(name for output, name in outputs if output is inputs[0])
+    def find_read(norm: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple):
+            found = [name for output, name in outputs if inputs and output is inputs[0]]
+            norms.update(dict.fromkeys(found, norm))
+
+        return hook
 
     with removed_afterwards() as handles:
         for name, module in model.named_modules():
             if name in names:
                 handles.append(module.register_forward_hook(record(name)))
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                handles.append(module.register_forward_pre_hook(find_reader))
+                handles.append(module.register_forward_pre_hook(find_read(name)))
         call(model, to_device(inputs, device_of(model)))
-    return {name: LayerUse(n, name in normalised) for name, n in calls.items()}
+    return {name: LayerUse(n, norms.get(name, "")) for name, n in calls.items()}
 
 # %% ../../nbs/lib/09_recovery/01_refit.ipynb #5880532b
 def remaining_rows(model: nn.Module, removed: dict, name: str) -> torch.Tensor:
@@ -316,7 +319,7 @@ def layer_moments(
         x = to_device(x, device)
         for z, y in zip(call(pruned, x), call(dense, x)):
             moments.add(z, y)
-    return moments.means(parts[-1].bias, use.normalised)
+    return moments.means(parts[-1].bias, bool(use.norm))
 
 # %% ../../nbs/lib/09_recovery/01_refit.ipynb #57810428
 def solve_factors(
