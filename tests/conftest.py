@@ -39,6 +39,9 @@ def pytest_addoption(parser):
         help="run surgery on every network of tests/zoo.py, not only the quick ones, and write the "
         "rows of those that ran into this table",
     )
+    parser.addoption(
+        "--fuzz", type=int, default=300, metavar="N", help="draw N networks in tests/test_fuzz.py"
+    )
 
 
 def pytest_terminal_summary(terminalreporter):
