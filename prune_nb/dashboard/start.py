@@ -143,12 +143,6 @@ class ExploreParams(PathParams):
 
     def _of_run(self) -> dict:
         params = read_params(folder_of(self))
-        custom = params.pop("criteria", "")  # code: never run because a file says so
-        if custom and params.get("method") not in METHODS:
-            raise UserError(
-                f"Run {self.run!r} ranks by {params.get('method')!r}, a custom criterion from "
-                f"{custom!r}. A run's code is not executed: load_criteria({custom!r}) first."
-            )
         if "method" in params:
             return params
         baseline = PretrainParams(**params)

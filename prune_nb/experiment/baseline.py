@@ -108,10 +108,7 @@ def pretrain(p: PretrainParams) -> Path:
     data = experiment_data(p)
     model = new_model(p, data)
     set_threads(model, data, p.batch_size)
-    run = open_run(p.runs_folder(), p.id, p.identity(), resume=True, unique=False, wait=True)
-    if run.has("result.json"):  # by another process meanwhile
-        run.close()
-        return folder
+    run = open_run(p.runs_folder(), p.id, p.identity(), resume=True, unique=False)
     with discard_on_error(run):
         train_baseline(p, run, model, data)
         save_baseline(p, run, model, data)

@@ -401,7 +401,7 @@ def keep_round(experiment: Experiment, model: nn.Module, folder: Path):
     From then on a `UserError` does not discard the run: what it holds took long.
     """
     save(model, folder)
-    (folder / "training.safetensors").unlink(missing_ok=True)  # there is none of no epochs
+    (folder / "training.safetensors").unlink()
     experiment.run.new = False
 
 

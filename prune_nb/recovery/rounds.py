@@ -332,9 +332,7 @@ def combined_plan(
     model: nn.Module,  # the original
 ) -> Plan:
     """Return the plan that gives what the rounds have given together, in shape."""
-    if total is None or not total.cuts or plan.layers:
+    if total is None or not (total.cuts and plan.cuts):
         return plan
-    if not plan.cuts:
-        return dataclasses.replace(total, settings=plan.settings)
     before, after = (dataclasses.replace(p, updates={}) for p in (total, plan))
     return compose(before, after, model)

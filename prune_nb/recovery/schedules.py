@@ -447,8 +447,8 @@ class IncrementalPruner(HardPruner):
 
     def result(self) -> tuple[Scores, Plan]:
         """Return scores and plan, completed where no guard holds units back."""
-        self.scores = self.scores or self.current_scores()
         if self.guard is None:
+            self.scores = self.scores or self.current_scores()
             self.more()
             self.stop()
         return super().result()

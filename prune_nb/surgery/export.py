@@ -68,30 +68,6 @@ def _check_weights(own: dict, tensors: dict, path: Path) -> None:
     )
 
 
-def _fault_of(value: torch.Tensor, own: torch.Tensor) -> str:
-    """Return why a tensor cannot be the value of another, in words; an empty string where it can."""
-    if value.is_meta:
-        return "has no values (it is on the meta device)"
-    if value.is_quantized or value.layout != torch.strided:
-        return f"is {'quantised' if value.is_quantized else 'sparse'}"
-    kinds = [(t.is_floating_point(), t.is_complex(), t.dtype == torch.bool) for t in (value, own)]
-    if kinds[0] != kinds[1]:
-        return f"is {value.dtype}, where the network has {own.dtype}"
-    if value.is_floating_point() and not value.isfinite().all():
-        return "holds values that are not finite"
-    return ""
-
-
-def _check_values(own: dict, tensors: dict, path: Path) -> None:
-    """Raise a `UserError` for a tensor that cannot be copied as it is, before any is."""
-    for name, value in tensors.items():
-        if why := _fault_of(value, own[name]):
-            raise UserError(
-                f"{name!r} in checkpoint {str(path)!r} {why}. Give a checkpoint of plain, finite "
-                "tensors of the network's types."
-            )
-
-
 def split_state(state: dict) -> tuple[dict, dict]:
     """Return the tensors of a state dict, and what else is in it."""
     tensors = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
@@ -113,7 +89,6 @@ def load_weights(
     counts = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
     tensors = counts | read_weights(path)  # old files have no such counts
     _check_weights(own, tensors, path)
-    _check_values(own, tensors, path)
     model.load_state_dict(tensors | others)
     return model
 
