@@ -314,12 +314,13 @@ class OwnAttention(Block):
         super().__init__(size, size)
         self.heads, self.fused = draw.choice([2, 4]), draw.random() < 0.5
         self.norm, self.qkv = nn.LayerNorm(size), nn.Linear(size, 3 * size)
-        self.out_layer, self.literal = nn.Linear(size, size), draw.random() < 0.3
+        self.out_layer = nn.Linear(size, size)
+        self.per_head = size // self.heads if draw.random() < 0.3 else None  # written in the code
 
     def forward(self, x):
         n, length, _ = x.shape
         size = self.qkv.out_features // 3
-        per_head = 16 // self.heads if self.literal else size // self.heads
+        per_head = self.per_head or size // self.heads
         q, k, v = self.qkv(self.norm(x)).view(n, length, 3, self.heads, per_head).unbind(2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if self.fused:
@@ -503,6 +504,8 @@ def draw(seed: int) -> Task:
     output, task = dice.choice(list(OUTPUTS)), dice.choice(["classes", "classes", "numbers"])
     dtypes = [torch.float32] * 4 + [torch.float64, torch.bfloat16]
     dtype, architecture = dice.choice(dtypes), dice.random()
+    if output == "complex" and dtype == torch.bfloat16:
+        dtype = torch.float32  # there are no complex numbers of two bfloat16
     sizes = dice.choice([[4, 4], [4, 4, 1], [5, 3]])
 
     def build() -> Network:
