@@ -27,9 +27,8 @@ from .profile import call, device_of
 def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
     "Set `model` to evaluation mode inside, and every module back to its former mode afterwards."
     modes = [(m, m.training) for m in model.modules()]
-    model.eval()
     try:
-        yield model
+        yield model.eval()
     finally:
         for module, training in modes:
             module.training = training
