@@ -78,7 +78,7 @@ class OracleParams(PathParams):
         """Check the parameters."""
         super().validated()
         check_pairs(changed_values(self))
-        if self.fisher != "mc" and not any(map(uses_fisher, self.names())):
+        if not any(map(uses_fisher, self.names())) and self.fisher != "mc":
             raise UserError(
                 f"fisher {self.fisher!r} needs a method that looks at K-FAC factors. Leave it out."
             )
