@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import Timeout
 from torch import nn
 
 from prune_nb import runs
@@ -25,7 +26,7 @@ from prune_nb.experiment.params import PretrainParams, PruneParams
 from prune_nb.experiment.pruning import Experiment
 from prune_nb.experiment.sweep import SweepParams, sweep
 from prune_nb.recovery.schedules import PRUNERS
-from prune_nb.runs import log, open_run, read_metrics, runs_table, time_phase
+from prune_nb.runs import Run, log, open_run, read_metrics, runs_table, time_phase
 from prune_nb.surgery.export import load, load_weights, save
 from prune_nb.surgery.plan import load_plan, parse_plan
 from prune_nb.train import evaluate
@@ -140,9 +141,10 @@ def open_and_close(folder: Path, seconds: float, doubles):
     """Open and close a run; count how often another process holds it as well."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
+        run = Run(folder / "a", {}, new=False)
         try:
-            run = open_run(folder, "a", {}, resume=True, wait=True)
-        except UserError:
+            run.lock.acquire(timeout=0)
+        except Timeout:
             continue
         try:
             (folder / "held").mkdir()
