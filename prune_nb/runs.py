@@ -89,9 +89,13 @@ class Run:
                 f"Run {self.id!r} is not there: an error removed it. Begin with its first step."
             )
         _acquire(self, wait)
-        _OPEN[self.folder.resolve()] = self
-        _tidy(self.folder)
-        self.finished = self.has("result.json")
+        try:
+            _OPEN[self.folder.resolve()] = self
+            _tidy(self.folder)
+            self.finished = self.has("result.json")
+        except BaseException:
+            self.close()
+            raise
 
     def close(self):
         "Release the folder."
@@ -156,7 +160,7 @@ def _claimed(folder: Path, params: dict, new: bool, wait: bool) -> Run:
             save_json(folder / "params.json", content)
         else:
             _restore_threads(folder)
-    except Exception:
+    except BaseException:
         if run.lock.is_locked:
             run.discard()
         elif new:
