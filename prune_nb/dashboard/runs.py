@@ -315,7 +315,7 @@ def _add_dense(fig: go.Figure, df: pd.DataFrame, x: str):
     if not len(df):
         return
     cost = df[x] / df[f"{x.removesuffix(' left')} left"]
-    text = (df.model + ", " + df.dataset + ", dense").map(html.escape)
+    text = (df.model + ", " + df.dataset + ", dense").map(html.escape, na_action="ignore")
     dense = df.assign(cost=cost, text=text).drop_duplicates("text")
     fig.add_scatter(
         x=_percent(x) * dense.cost,
