@@ -26,8 +26,8 @@ from prune_nb.experiment.params import PretrainParams, PruneParams
 from prune_nb.experiment.pruning import Experiment
 from prune_nb.experiment.sweep import SweepParams, sweep
 from prune_nb.recovery.schedules import PRUNERS
-from prune_nb.runs import Run, log, open_run, read_metrics, runs_table, time_phase
-from prune_nb.surgery.export import load, load_weights, save
+from prune_nb.runs import Run, log, open_run, read_metrics, read_result, runs_table, time_phase
+from prune_nb.surgery.export import export, load, load_weights, save
 from prune_nb.surgery.plan import load_plan, parse_plan
 from prune_nb.train import evaluate
 
@@ -448,8 +448,10 @@ def test_bad_run_folders_hide_no_other(trained, tmp_path):
         details(tmp_path / name)
     view.table.opened = "huge"
     assert view.error is None
+    (tmp_path / "names" / "result.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"result\.json.* is damaged"):
+        read_result(tmp_path / "names")
     with pytest.warns(UserWarning, match="damaged"):
-        (tmp_path / "names" / "result.json").write_text("[" * 100_000)
         assert runs_table(tmp_path)["id"].tolist() == [good.run.id]
 
 
@@ -526,6 +528,13 @@ def test_save_killed_between_its_files_loads(tmp_path, monkeypatch):
         assert any(found(x).equal(m(x)) for m in (old, new)), allowed
     save(new, folder)
     assert {f.name for f in folder.iterdir()} == {"model.safetensors", "plan.json"}
+
+
+def test_export_to_a_file_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch):
+    (tmp_path / "model.pt2").mkdir()
+    monkeypatch.setattr(torch.export, "export", None)  # not reached
+    with pytest.raises(UserError, match="It is a folder"):
+        export(network(), tmp_path / "model.pt2", IMAGES)
 
 
 @pytest.mark.parametrize("cls", [SweepParams, OracleParams])

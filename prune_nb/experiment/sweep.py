@@ -8,7 +8,6 @@ __all__ = ['NUMBER_WORDS', 'SCORED', 'typed_numbers', 'SweepParams', 'has_same_s
 
 # %% ../../nbs/lib/11_experiment/06_sweep.ipynb #9f1432a1
 import itertools
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from ..criteria.core import METHODS
 from .baseline import is_finished
 from .params import PruneParams, param, uses_fisher
 from .pruning import Experiment
-from ..runs import Run, discard_on_error, read_params
+from ..runs import Run, discard_on_error, read_params, read_result
 
 # %% ../../nbs/lib/11_experiment/06_sweep.ipynb #b7cb839f
 NUMBER_WORDS = dict(int="whole numbers", float="numbers")
@@ -143,7 +142,7 @@ def run_experiment(
         finally:
             experiment.close()
     done.append(folder)
-    return json.loads((folder / "result.json").read_text())
+    return read_result(folder)
 
 # %% ../../nbs/lib/11_experiment/06_sweep.ipynb #d6e5abcb
 def result_row(p: PruneParams, result: dict) -> dict:

@@ -22,6 +22,7 @@ from torch.export.graph_signature import InputKind, TensorArgument
 
 from prune_nb.core import (
     UserError,
+    check_writable,
     load_tensors,
     one_of,
     save_json,
@@ -326,6 +327,8 @@ def export(
     """
     path = Path(path)
     writer = _writer_for(path)
+    if path.parent.is_dir():
+        check_writable("path", path)
     with (
         untouched(model),
         attention_fastpath_off(),

@@ -515,9 +515,9 @@ WEIGHT = dict(type="array", items=SIZE, minItems=2, maxItems=5)
 TEXT, NUMBER = dict(type="string"), dict(type="number")
 
 
-def record_schema(**properties: dict) -> dict:
-    """Return the schema of an object with exactly these keys."""
-    needed = list(properties)
+def record_schema(optional: tuple = (), **properties: dict) -> dict:
+    """Return the schema of an object with exactly these keys, but for those that are optional."""
+    needed = [name for name in properties if name not in optional]
     return dict(type="object", properties=properties, required=needed, additionalProperties=False)
 
 
@@ -532,6 +532,7 @@ POSITIONS = dict(
     additionalProperties=False,
 )  # dimension -> positions
 CUT_SCHEMA = record_schema(
+    ("checksum", "predicted"),
     units=SIZE,
     removed=NUMBERS,
     members=mapping_schema(POSITIONS),
