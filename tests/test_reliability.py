@@ -16,6 +16,7 @@ from prune_nb.api import prune
 from prune_nb.budgets.allocation import allocate
 from prune_nb.core import Progress, UserError, save_json, save_tensors
 from prune_nb.criteria.core import METHODS, load_criteria, load_scores, save_scores, score
+from prune_nb.curvature.passes import Checkpoint
 from prune_nb.dashboard.runs import Runs, details, scan
 from prune_nb.dashboard.start import ExploreParams, open_network
 from prune_nb.data import load_data
@@ -466,6 +467,13 @@ def test_damaged_scores_are_refused(tmp_path):
     save_tensors(path, {"b": torch.zeros(3)}, **meta)
     with pytest.raises(UserError, match="are damaged"):
         load_scores(path)
+
+
+def test_damaged_checkpoint_of_a_pass_is_refused(tmp_path):
+    path = tmp_path / "pass.safetensors"
+    save_tensors(path, {"other": torch.zeros(1)}, settings={})
+    with pytest.raises(UserError, match="is damaged"):
+        Checkpoint(path, {}, torch.Generator(), {}).load("cpu")
 
 
 # ---- nothing behind the caller's back ---------------------------------------------------------
