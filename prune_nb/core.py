@@ -4,19 +4,25 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'UserError', 'invalid', 'listed', 'in_words', 'one_of', 'is_number', 'check_share', 'check_count',
-           'check_finite', 'renamed', 'derived_seed', 'generator', 'rng_state', 'set_rng_state', 'untouched',
-           'project_root', 'write_atomic', 'save_json', 'save_tensors', 'load_tensors', 'Progress']
+           'check_finite', 'renamed', 'derived_seed', 'generator', 'rng_state', 'set_rng_state', 'kept_rng',
+           'untouched', 'project_root', 'write_atomic', 'check_writable', 'save_json', 'save_tensors', 'load_tensors',
+           'Progress']
 
 # %% ../nbs/lib/01_foundations/01_core.ipynb #77c459bd
 import contextlib
 import difflib
 import functools
+import glob
 import hashlib
+import html
 import json
 import math
 import numbers
 import os
+import platform
+import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -184,6 +190,16 @@ def set_rng_state(states: list):
     if states[1:]:
         torch.cuda.set_rng_state_all(states[1:])
 
+# %% ../nbs/lib/01_foundations/01_core.ipynb #5a1c0e72
+@contextlib.contextmanager
+def kept_rng() -> Iterator[None]:
+    "Restore the global random generators when the block ends."
+    states = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(states)
+
 # %% ../nbs/lib/01_foundations/01_core.ipynb #ed706614
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[nn.Module]:
@@ -218,10 +234,53 @@ def project_root(start: str | Path | None = None) -> Path:
     return start
 
 # %% ../nbs/lib/01_foundations/01_core.ipynb #df52ee68
+def _temporary(path: Path, pid: int | str) -> str:
+    "Return the name under which the process `pid` of this computer writes `path` first."
+    node = re.sub(r"[^A-Za-z0-9]+", "-", platform.node())
+    return f".{path.name}.{node}.{pid}.tmp"
+
+
+def _is_alive(pid: int) -> bool:
+    "Return whether a process of this computer runs; True where that cannot be known."
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _remove_stale(path: Path):
+    "Remove what killed processes left of writing `path`."
+    for left in path.parent.glob(_temporary(Path(glob.escape(path.name)), "*")):
+        pid = left.name.split(".")[-2]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            left.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path):
+    "Put the names in a folder on the disk, where the system can."
+    if os.name != "posix":
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems have nothing to put there
+            os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def write_atomic(path: str | Path, data: bytes | str):
-    "Write `data` to a temporary name beside `path`, flush it to the disk, rename it."
+    """Write `data` to a temporary name beside `path`, flush it to the disk, rename it.
+
+    What a killed process left of the same file is removed.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove_stale(path)
+    temporary = path.with_name(_temporary(path, os.getpid()))
     content = data.encode() if isinstance(data, str) else data
     try:
         with open(temporary, "wb") as f:
@@ -229,8 +288,30 @@ def write_atomic(path: str | Path, data: bytes | str):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(
+    what: str,  # what the path is of, e.g. "table"
+    path: str | Path,
+) -> Path:
+    "Return `path`, or raise a `UserError` unless a file can be written there; nothing is left behind."
+    path = Path(path)
+    if path.is_dir():
+        raise invalid(what, str(path), "It is a folder. Give the path of a file.")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.exists():
+            open(path, "ab").close()
+    except OSError as e:
+        advice = (
+            f"It cannot be written ({e.strerror}). Give a file in a folder that you may write to."
+        )
+        raise invalid(what, str(path), advice) from None
+    return path
 
 # %% ../nbs/lib/01_foundations/01_core.ipynb #69e18c5b
 def save_json(path: str | Path, obj: object):
@@ -320,7 +401,7 @@ class Progress:
 
         percent = 100 * self.done / self.total if self.total else 100 * last
         bar = f'<progress value="{percent:.0f}" max="100" style="width:12em"></progress>'
-        line = f'<div style="font-family:monospace">{bar} {self}</div>'
+        line = f'<div style="font-family:monospace">{bar} {html.escape(str(self))}</div>'
         data = {"text/plain": str(self), "text/html": line}
         if self.handle:
             self.handle.update(data, raw=True)

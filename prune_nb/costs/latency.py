@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONVS', 'POINTS', 'SEVERAL_TAPS', 'ONE_TAP', 'LayerKind', 'kind_of', 'layer_ms', 'measured_widths', 'make_monotone',
-           'device_name', 'measurements_folder', 'MeasuredTimes', 'TimeGrids', 'FormPart', 'LayerWidths', 'LayerTimes',
-           'Latency', 'CallSize', 'layer_calls', 'Prunable', 'Measurement', 'latency_table', 'latency_report']
+           'device_name', 'MeasuredTimes', 'TimeGrids', 'FormPart', 'LayerWidths', 'LayerTimes', 'Latency', 'CallSize',
+           'layer_calls', 'Prunable', 'Measurement', 'latency_table', 'latency_report']
 
 # %% ../../nbs/lib/06_costs/02_latency.ipynb #3fb9d777
 import itertools
@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..core import Progress, UserError, project_root, save_json, untouched
+from ..core import Progress, UserError, kept_rng, save_json, untouched
 from ..nested import to_device
 from ..profile import call, device_of, latencies_ms, layer_macs
 from ..surgery.channels import Cut
@@ -160,27 +160,26 @@ def device_name(device: torch.device | str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
 
 
-def measurements_folder() -> Path:
-    "Return the folder `runs` of the project that the working directory lies in."
-    return project_root() / "runs"
-
-
 class MeasuredTimes:
-    "Milliseconds by kind and widths, in the file `latency-DEVICE.json` of a folder."
+    "Milliseconds by kind and widths, in the file `latency-DEVICE.json` of a folder if one is given."
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | None,  # None: they are not kept
         device: torch.device | str,
         measure: Callable = layer_ms,  # (layer, its input) -> milliseconds
     ):
         self.device = torch.device(device)
         self.measure = measure
-        self.path = Path(folder) / f"latency-{device_name(device)}.json"
+        self.path = Path(folder) / f"latency-{device_name(device)}.json" if folder else None
         self.unsaved = 0
+        self.ms = self._kept() if self.path and self.path.exists() else {}
+
+    def _kept(self) -> dict:
+        "Return what the file holds. Raise a `UserError` where it is no table."
         try:
-            self.ms = json.loads(self.path.read_text()) if self.path.exists() else {}
-        except (json.JSONDecodeError, OSError) as e:
+            return json.loads(self.path.read_text())
+        except (ValueError, RecursionError, OSError) as e:
             raise UserError(
                 f"{str(self.path)!r} is not a latency table ({e}). "
                 "Remove it, and the times are measured again."
@@ -196,10 +195,16 @@ class MeasuredTimes:
 
     def save(self):
         "Write the file if anything was measured since the last time."
-        if not self.unsaved:
+        if not self.unsaved or not self.path:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        save_json(self.path, self.ms)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_json(self.path, self.ms)
+        except OSError as e:
+            raise UserError(
+                f"Measured times cannot be written to {str(self.path)!r} ({e.strerror}). "
+                "Give folder=, one that you may write to, or None to keep none."
+            ) from None
         self.unsaved = 0
 
 # %% ../../nbs/lib/06_costs/02_latency.ipynb #c3523eb5
@@ -518,11 +523,12 @@ def _fixed_ms(table: Latency, half: Plan, half_ms: float, groups: dict) -> float
     return table.rest * float(np.clip((half_ms - least) / (most - least), 0, 1))
 
 
+@kept_rng()
 def latency_table(
     model: nn.Module,  # untouched
     inputs: object,  # a batch of the size that matters
     scores: Prunable,  # `Scores`: what can become narrower, or several factors
-    folder: str | Path | None = None,  # where measured times are kept; None: `runs` of the project
+    folder: str | Path | None = None,  # where measured times are kept; None: nowhere
     measure: Callable = layer_ms,  # (layer, its input) -> milliseconds
     progress: bool = True,
 ) -> Latency:
@@ -532,7 +538,7 @@ def latency_table(
     """
     device = device_of(model)
     inputs = to_device(inputs, device)
-    measured = MeasuredTimes(folder or measurements_folder(), device, measure)
+    measured = MeasuredTimes(folder, device, measure)
     times = _measured_layers(model, inputs, scores, measured, progress)
     macs = layer_macs(model, inputs)
     covered = sum(macs.get(n, 0) for n in times.layers) / max(sum(macs.values()), 1)

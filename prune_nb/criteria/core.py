@@ -12,6 +12,7 @@ __all__ = ['METHODS', 'COLLECTORS', 'ELSEWHERE', 'MEASURES', 'REDUCTIONS', 'NORM
 # %% ../../nbs/lib/07_criteria/03_core.ipynb #db978907
 import importlib
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -197,12 +198,20 @@ def _run_criteria(where: str):
     exec(compile(source, where, "exec"), {"__name__": path.stem})
 
 
+def _registers(module: str) -> bool:
+    """Return whether an imported module holds a registered criterion."""
+    held = vars(sys.modules[module]).values() if module in sys.modules else ()
+    inside = [c.__module__ for c in METHODS.values()]
+    known = {id(c) for c in METHODS.values()}
+    return any(id(v) in known for v in held) or any(m.startswith(f"{module}.") for m in inside)
+
+
 def load_criteria(
     where: str,  # a module, a Python file, or a notebook with cells tagged `criteria`
 ):
     """Run what registers custom criteria.
 
-    Raise a `UserError` where that fails, or where a file registers none.
+    Raise a `UserError` where that fails, or where none is registered.
     """
     known = dict(METHODS)
     try:
@@ -212,10 +221,10 @@ def load_criteria(
             f"Cannot load criteria from {where!r}: {type(e).__name__}: {e}. Give a module, a .py "
             "file, or a notebook whose cells with criteria have the tag 'criteria'."
         ) from e
-    if METHODS == known and Path(where).suffix in (".py", ".ipynb"):
+    if METHODS == known and not _registers(where):
         raise UserError(
             f"{where!r} registers no criterion. Put @register above the class; of a notebook, "
-            "give the cell the tag 'criteria'."
+            "give the cell the tag 'criteria'; of a module, import the class into it."
         )
 
 # %% ../../nbs/lib/07_criteria/03_core.ipynb #11e1a6e0

@@ -170,6 +170,23 @@ def load_scores(path: str | Path) -> Scores:
     tensors, meta = load_tensors(path)
     if not {"scores", "layers"} <= meta.keys():
         raise UserError(f"{str(path)!r} holds tensors, but no scores.")
+    damaged = [n for n, t in tensors.items() if t.is_floating_point() and t.isnan().any()]
+    if damaged:
+        raise UserError(
+            f"The scores in {str(path)!r} hold values that are not numbers ({damaged[0]!r:.80}). "
+            "Remove the file, and score again."
+        )
+    try:
+        return _scores_from(tensors, meta)
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(
+            f"The scores in {str(path)!r} are damaged ({type(e).__name__}: {str(e):.80}). "
+            "Remove the file, and score again."
+        ) from None
+
+
+def _scores_from(tensors: dict, meta: dict) -> Scores:
+    """Return scores from the tensors and the header of their file."""
     layers = {k: _loaded_layer(tensors, k, *v) for k, v in meta["layers"].items()}
     groups = {k: _loaded_group(tensors, k, v) for k, v in meta.get("groups", {}).items()}
     costs = None

@@ -137,6 +137,16 @@ class Checkpoint:
             return SweepProgress()
         tensors, meta = load_tensors(self.path)
         self._check_settings(meta.get("settings", {}))
+        try:
+            return self._restore(tensors, device)
+        except (LookupError, TypeError, ValueError, SyntaxError, RuntimeError) as e:
+            raise UserError(
+                f"The checkpoint {str(self.path)!r} is damaged ({type(e).__name__}: {str(e):.80}). "
+                "Delete the file to start again."
+            ) from None
+
+    def _restore(self, tensors: dict, device: torch.device | str) -> SweepProgress:
+        """Set sums and labels to what the file holds, and return the progress."""
         self.labels.set_state(tensors.pop("labels"))
         batches, examples, whole = tensors.pop("place").tolist()
         total = tensors.pop("total").to(device)

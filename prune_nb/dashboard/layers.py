@@ -649,7 +649,7 @@ class BudgetPanel(View):
         ratio: float,
         cost: str,
         cap: float,
-        runs_dir: Any = None,  # where measured times are kept; None: runs/ of the project
+        runs_dir: Any = None,  # where measured times are kept; None: nowhere
     ):
         super().__init__()
         self.model, self.batches, self.runs_dir = model, data, runs_dir
@@ -892,7 +892,7 @@ class Layers(BudgetPanel):
         cap: float = 0.95,  # at first, as for `allocate`
         setup: str = "model, data = ...  # yours",  # lines of the recipe that make both
         source: dict = None,  # parameters of nbs/prune.ipynb that name the network
-        runs_dir: Any = None,  # where measured times are kept; None: runs/ of the project
+        runs_dir: Any = None,  # where measured times are kept; None: nowhere
         **options,  # of `score`: samples, fisher, seed, ...
     ):
         super().__init__(model, data, scores, ratio, cost, cap, runs_dir)

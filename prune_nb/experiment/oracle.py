@@ -18,7 +18,7 @@ from scipy import stats
 from torch import nn
 
 from ..budgets.allocation import allocate
-from ..core import Progress, UserError, derived_seed, write_atomic
+from ..core import Progress, UserError, check_writable, derived_seed, write_atomic
 from ..costs.kinds import COSTS, Cost, find_cost
 from ..criteria.core import METHODS, Scores, find_method, score
 from ..criteria.oracle import random_sets, set_oracle, set_saliency, unit_oracle
@@ -31,12 +31,15 @@ from prune_nb.experiment.params import (
     RUNS_DIR_HELP,
     PathParams,
     PretrainParams,
+    changed_values,
+    check_pairs,
     from_zero,
     param,
     positive,
     pretraining_params,
+    uses_fisher,
 )
-from .pruning import baseline_folder, check_checkpoint
+from .pruning import baseline_folder, check_checkpoint, check_images
 from .sweep import typed_numbers
 from ..surgery.export import load_weights
 from ..tracing.coupling import trace
@@ -74,7 +77,13 @@ class OracleParams(PathParams):
     def validated(self) -> "OracleParams":
         """Check the parameters."""
         super().validated()
-        self.names()
+        check_pairs(changed_values(self))
+        if not any(map(uses_fisher, self.names())) and self.fisher != "mc":
+            raise UserError(
+                f"fisher {self.fisher!r} needs a method that looks at K-FAC factors. Leave it out."
+            )
+        if self.table:
+            check_writable("table", self.table)
         if any(not 0 < r < 1 for r in self.shares()):
             raise UserError(
                 f"Invalid ratios {self.ratios!r}. Valid: numbers above 0 and below 1 with spaces "
@@ -255,6 +264,9 @@ class Study:
 
     def __init__(self, p: OracleParams):
         self.params, self.data = p, experiment_data(p)
+        if p.samples != OracleParams.samples:
+            check_images("samples", p.samples, self.data.train, "training images")
+        check_images("images", p.images, self.data.test, "test images")
         check_checkpoint(p, self.data)
         set_threads(new_model(p, self.data), self.data, p.batch_size)
         self.source = baseline_folder(p)

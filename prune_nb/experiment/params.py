@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['TYPE_WORDS', 'RARE', 'PLAIN', 'CIFAR', 'TUNING', 'RECIPES', 'RUN_NAME', 'DATASET_HELP', 'MODEL_HELP',
            'LR_SCHEDULE_HELP', 'DATA_DIR_HELP', 'RUNS_DIR_HELP', 'RUN_NAME_HELP', 'PRUNING_SCHEDULES', 'WHILE_TRAINING',
-           'ONLY_FOR', 'STARTS', 'IN_UNIT', 'SCHEDULE_DEFAULTS', 'Rule', 'positive', 'from_zero', 'share', 'param',
-           'as_type', 'check_value', 'default_source', 'group_title', 'parameter_lines', 'parameters_cell',
-           'injected_names', 'plain_variables', 'explicit_values', 'check_values', 'given', 'torch_device',
-           'SkipDrawing', 'check_model', 'PathParams', 'is_run_name', 'PretrainParams', 'run_id', 'BudgetParams',
-           'NetworkParams', 'ScheduleParams', 'TrainingParams', 'RunParams', 'numbers', 'check_directions',
-           'check_refit', 'check_unused', 'complete_rounds', 'complete_prune_epochs', 'complete_schedule',
-           'pretraining_params', 'PruneParams']
+           'ONLY_FOR', 'STARTS', 'IN_UNIT', 'PAIRS', 'NEEDS', 'SCHEDULE_DEFAULTS', 'Rule', 'positive', 'from_zero',
+           'share', 'param', 'as_type', 'check_value', 'default_source', 'group_title', 'parameter_lines',
+           'parameters_cell', 'injected_names', 'plain_variables', 'history_of', 'explicit_values', 'check_values',
+           'given', 'torch_device', 'SkipDrawing', 'check_model', 'weights_digest', 'criteria_digest', 'PathParams',
+           'is_run_name', 'PretrainParams', 'run_id', 'BudgetParams', 'NetworkParams', 'ScheduleParams',
+           'TrainingParams', 'RunParams', 'numbers', 'check_directions', 'check_refit', 'check_pairs', 'uses_fisher',
+           'check_needs', 'changed_values', 'check_unused', 'complete_rounds', 'complete_prune_epochs',
+           'complete_schedule', 'pretraining_params', 'PruneParams']
 
 # %% ../../nbs/lib/11_experiment/03_params.ipynb #5a85db4b
 import ast
 import dataclasses
+import functools
+import hashlib
 import json
 import math
 import re
@@ -35,8 +38,10 @@ from prune_nb.criteria.core import (
     NORMALIZATIONS,
     REDUCTIONS,
     collector_of,
+    find_method,
     load_criteria,
     method_ids,
+    tagged_source,
 )
 from ..criteria.spaces import STRATEGIES
 from ..curvature.fisher import FISHERS
@@ -192,17 +197,31 @@ def plain_variables(cls: type, namespace: dict) -> dict:
     return found
 
 
+def history_of(namespace: dict) -> list[str]:
+    """Return the sources of the cells that a notebook has run.
+
+    Raise a `UserError` where a parameter has taken their place.
+    """
+    history = namespace.get("In", [])
+    if not isinstance(history, list):
+        raise UserError("Invalid parameter 'In'. It is the name of a notebook's own history.")
+    return history
+
+
 def explicit_values(
     cls: type,  # dataclass of parameters
     namespace: dict,  # `globals()` of a notebook
 ) -> dict:
     """Return, unchecked, what a notebook or papermill sets away from the defaults.
 
-    A parameter that papermill sets counts in any case.
+    A parameter that papermill sets counts in any case, whatever its name begins with.
     """
-    injected = injected_names(namespace.get("In", []))
+    injected = injected_names(history_of(namespace))
     values = plain_variables(cls, namespace)
     defaults = {f.name: f.default for f in fields(cls)}
+    for name in sorted(injected):
+        if not name.startswith("PAPERMILL_"):
+            one_of("parameter", name, defaults)
 
     def is_explicit(name: str) -> bool:
         value, default = values[name], defaults[name]
@@ -274,6 +293,38 @@ def check_model(model: str, dataset: str):
     with torch.device("meta"), SkipDrawing():
         create_model(model, info.classes, info.channels, info.image_size)
 
+# %% ../../nbs/lib/11_experiment/03_params.ipynb #5a1c0e73
+@functools.lru_cache(maxsize=64)
+def _digest_of(path: Path, changed: int, size: int) -> str:
+    """Return the digest of a file; `changed` and `size` say whether it is still the same."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+
+def weights_digest(
+    where: str,  # a file of weights, or a folder with `model.safetensors`
+) -> str:
+    """Return a digest of weights that changes with any bit of their file."""
+    path = Path(where)
+    path = path / "model.safetensors" if path.is_dir() else path
+    try:
+        found = path.stat()
+        return _digest_of(path.resolve(), found.st_mtime_ns, found.st_size)
+    except OSError as e:
+        raise UserError(
+            f"Cannot read the checkpoint {where!r} ({e.strerror}). Give a file of weights, or the "
+            "folder of a run."
+        ) from None
+
+
+def criteria_digest(
+    where: str,  # a Python file, or a notebook
+) -> str:
+    """Return a digest of the code that registers custom criteria."""
+    path = Path(where)
+    source = path.read_text() if path.suffix == ".py" else tagged_source(path, "criteria")
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
+
 # %% ../../nbs/lib/11_experiment/03_params.ipynb #1cdad28f
 class PathParams:
     """Check, complete and identify parameters; what all their classes have in common."""
@@ -306,8 +357,13 @@ class PathParams:
         return self
 
     def identity(self) -> dict:
-        """Return the parameters that can change a number."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in self.elsewhere}
+        """Return what can change a number: parameters, and digests of the files that they name."""
+        same = {k: v for k, v in dataclasses.asdict(self).items() if k not in self.elsewhere}
+        if same.get("checkpoint"):
+            same["checkpoint_digest"] = weights_digest(self.checkpoint)
+        if Path(same.get("criteria", "")).suffix in (".py", ".ipynb"):
+            same["criteria_digest"] = criteria_digest(self.criteria)
+        return same
 
     def complete(
         self,
@@ -616,6 +672,53 @@ def check_refit(p: "PruneParams"):
             "trained ones. Leave one of them out."
         )
 
+# %% ../../nbs/lib/11_experiment/03_params.ipynb #5a1c0e75
+PAIRS = (  # (parameter, what it takes the place of)
+    ("threshold", "ratio"),
+    ("threshold", "ratios"),
+    ("round_ratios", "ratio"),
+    ("round_ratios", "ratios"),
+    ("checkpoint", "pretrain_epochs"),
+)
+
+
+def check_pairs(given: dict):
+    """Raise a `UserError` where of two parameters only one would be looked at."""
+    for name, other in PAIRS:
+        if given.get(name) not in (None, "") and given.get(other) not in (None, ""):
+            raise UserError(
+                f"{name} takes the place of {other}; {name} is {given[name]!r:.80} and {other} is "
+                f"{given[other]!r:.80}. Leave out one of them."
+            )
+
+
+def uses_fisher(method: str) -> bool:
+    """Return whether a method looks at K-FAC factors."""
+    criterion = find_method(method)
+    return bool(criterion.factors) or criterion.needs == "kfac"
+
+
+NEEDS = dict(
+    temperature=(lambda p: p.distill > 0, "distill above 0"),
+    regrow=(lambda p: p.rounds > 1, "at least two rounds"),
+    fisher=(lambda p: uses_fisher(p.method), "a method that looks at K-FAC factors"),
+)  # parameter -> (whether it means something, what it needs)
+
+
+def check_needs(p: "PruneParams"):
+    """Raise a `UserError` for a parameter that means nothing without another one."""
+    for name, (holds, words) in NEEDS.items():
+        value, default = getattr(p, name), getattr(type(p), name)
+        if value != default and not holds(p):
+            raise UserError(
+                f"{name} {value!r} needs {words}, else nothing looks at it. Leave it out."
+            )
+
+
+def changed_values(p: PathParams) -> dict:
+    """Return the parameters that do not have their default."""
+    return {f.name: getattr(p, f.name) for f in fields(p) if getattr(p, f.name) != f.default}
+
 # %% ../../nbs/lib/11_experiment/03_params.ipynb #9b3bdf13
 def check_unused(p: "PruneParams"):
     """Raise a `UserError` for a parameter that the schedule would not look at."""
@@ -647,7 +750,9 @@ def complete_rounds(p: "PruneParams"):
             f"Invalid rounds {p.rounds}: round_ratios names {len(ratios)}. Leave out one of them."
         )
     if ratios:
-        p.ratio = 1 - math.prod(1 - r for r in ratios)
+        whole = 1 - math.prod(1 - r for r in ratios)
+        check_pairs({k: v for k, v in changed_values(p).items() if (k, v) != ("ratio", whole)})
+        p.ratio = whole
     if p.rounds is None:
         default = 3 if p.schedule == "iterative" else 1
         p.rounds = len(ratios) or default
@@ -699,6 +804,7 @@ class PruneParams(RunParams, TrainingParams, ScheduleParams, NetworkParams, Budg
     def from_notebook(cls, namespace: dict) -> "PruneParams":
         """Return the parameters of a notebook, completed by a preset where one is named."""
         explicit = cls.explicit(namespace)
+        check_pairs(explicit)
         if explicit.get("preset"):
             return from_preset(cls, explicit["preset"], explicit)
         return cls(**explicit).validated()
@@ -709,7 +815,10 @@ class PruneParams(RunParams, TrainingParams, ScheduleParams, NetworkParams, Budg
         check_directions(self)
         check_refit(self)
         check_unused(self)
+        if not self.round_ratios:
+            check_pairs(changed_values(self))
         complete_schedule(self)
+        check_needs(self)
         return self
 
     @property

@@ -210,8 +210,11 @@ def from_preset(
     preset = find_preset(name)
     for key in preset.parameters:
         one_of(f"key of preset {name!r}", key, [f.name for f in fields(cls)])
+    parameters = dict(preset.parameters)
+    if explicit.get("checkpoint"):
+        parameters.pop("pretrain_epochs", None)
     try:
-        return cls(**preset.parameters | explicit).validated()
+        return cls(**parameters | explicit).validated()
     except UserError as e:
         raise UserError(f"Preset {name!r}: {e}") from None
 

@@ -8,17 +8,17 @@ __all__ = ['NUMBER_WORDS', 'SCORED', 'typed_numbers', 'SweepParams', 'has_same_s
 
 # %% ../../nbs/lib/11_experiment/06_sweep.ipynb #9f1432a1
 import itertools
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pandas as pd
 
-from ..core import Progress, UserError, write_atomic
+from ..core import Progress, UserError, check_writable, write_atomic
 from ..criteria.core import METHODS
-from .params import PruneParams, param
+from .baseline import is_finished
+from .params import PruneParams, param, uses_fisher
 from .pruning import Experiment
-from ..runs import Run, read_params
+from ..runs import Run, discard_on_error, read_params, read_result
 
 # %% ../../nbs/lib/11_experiment/06_sweep.ipynb #b7cb839f
 NUMBER_WORDS = dict(int="whole numbers", float="numbers")
@@ -59,6 +59,8 @@ class SweepParams(PruneParams):
                 "from its parameters: leave run_name out."
             )
         self.experiments()
+        if self.table:
+            check_writable("table", self.table)
         return self
 
     def experiments(self) -> list[PruneParams]:
@@ -67,9 +69,13 @@ class SweepParams(PruneParams):
         seeds = typed_numbers("seeds", self.seeds, int) or [self.seed]
         methods = list(METHODS) if self.methods == "all" else self.methods.split()
         ratios = typed_numbers("ratios", self.ratios, float) or [self.ratio]
+        methods = methods or [self.method]
+        for_some = {m: dict(fisher="mc") for m in methods if not uses_fisher(m)}
+        if len(for_some) == len(set(methods)):
+            for_some = {}  # then it is refused: no method looks at it
         found = []
-        for seed, method, ratio in itertools.product(seeds, methods or [self.method], ratios):
-            changed = dict(method=method, ratio=ratio, seed=seed)
+        for seed, method, ratio in itertools.product(seeds, methods, ratios):
+            changed = dict(method=method, ratio=ratio, seed=seed) | for_some.get(method, {})
             found.append(PruneParams(**same | changed).validated())
         return found
 
@@ -79,6 +85,9 @@ SCORED = (
     "dataset",
     "model",
     "checkpoint",
+    "checkpoint_digest",
+    "criteria",
+    "criteria_digest",
     "pretrain_epochs",
     "train_size",
     "batch_size",
@@ -116,17 +125,24 @@ def run_experiment(
     p: PruneParams,
     done: list[Path],  # folders of runs, to which that of this one is added
 ) -> dict:
-    """Return `result.json` of an experiment, run now unless it has been."""
+    """Return `result.json` of an experiment, run now unless it has been.
+
+    Another process that runs it is waited for.
+    """
     folder = p.runs_folder() / p.id
-    if not (folder / "result.json").exists():
-        experiment = Experiment(p)
-        experiment.baseline()
-        share_scores(experiment.run, done)
-        experiment.prune()
-        experiment.finetune()
-        experiment.finish()
+    if not is_finished(p):
+        experiment = Experiment(p, wait=True)
+        try:
+            experiment.baseline()
+            with discard_on_error(experiment.run) as run:
+                share_scores(run, done)
+            experiment.prune()
+            experiment.finetune()
+            experiment.finish()
+        finally:
+            experiment.close()
     done.append(folder)
-    return json.loads((folder / "result.json").read_text())
+    return read_result(folder)
 
 # %% ../../nbs/lib/11_experiment/06_sweep.ipynb #d6e5abcb
 def result_row(p: PruneParams, result: dict) -> dict:

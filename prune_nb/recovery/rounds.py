@@ -331,8 +331,11 @@ def combined_plan(
     plan: Plan,  # of the round
     model: nn.Module,  # the original
 ) -> Plan:
-    """Return the plan that gives what the rounds have given together, in shape."""
-    if total is None or not (total.cuts and plan.cuts):
+    """Return the plan that gives what the rounds have given together, in shape.
+
+    A plan of layers is for the original already; one of channels is for what the rounds have left.
+    """
+    if total is None or not total.cuts:
         return plan
     before, after = (dataclasses.replace(p, updates={}) for p in (total, plan))
     return compose(before, after, model)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRUNERS', 'masks', 'zero_masked', 'kept_norm_hook', 'hook_norms', 'units_of', 'unit_total', 'rank_masked_first',
-           'UnitPruner', 'part', 'chosen_units', 'MaskPruner', 'HardPruner', 'asymptotic', 'SoftPruner',
-           'AsymptoticSoftPruner', 'Window', 'IncrementalPruner', 'GradualPruner', 'RegularizedPruner']
+           'UnitPruner', 'part', 'scores_state', 'group_details', 'chosen_units', 'MaskPruner', 'HardPruner',
+           'asymptotic', 'SoftPruner', 'AsymptoticSoftPruner', 'Window', 'IncrementalPruner', 'GradualPruner',
+           'RegularizedPruner']
 
 # %% ../../nbs/lib/09_recovery/02_schedules.ipynb #4f708237
 import dataclasses
@@ -235,9 +236,28 @@ def part(
     return {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
 
 
+def scores_state(scores: Scores) -> dict:
+    """Return tensors by name: all of scores that a training changes."""
+    state = dict(examples=torch.tensor(scores.examples))
+    state["loss"] = torch.tensor(scores.loss, dtype=torch.float64)
+    for group, g in scores.groups.items():
+        state[f"saliency.{group}"] = g.saliency
+        state |= {f"details.{name}.{group}": t for name, t in g.details.items()}
+    return state
+
+
+def group_details(saved: dict) -> dict:
+    """Return group name -> the details that `scores_state` kept."""
+    found = {}
+    for key, t in part(saved, "details").items():
+        name, _, group = key.partition(".")
+        found.setdefault(group, {})[name] = t
+    return found
+
+
 def chosen_units(saved: dict) -> dict:
     """Return group name -> chosen units, from a state that was saved; 0.1.0 had another name."""
-    others = ("saliency.", "totals.")
+    others = ("saliency.", "totals.", "details.")
     found = {}
     for name, t in saved.items():
         if "." in name and not name.startswith(others):
@@ -270,25 +290,31 @@ class MaskPruner(UnitPruner):
         self.step = saved["step"]
         saliency = part(saved, "saliency")
         if saliency:
-            self.scores = self.with_saliencies(saliency)
+            self.scores = dataclasses.replace(
+                self.with_saliencies(saliency, group_details(saved)),
+                examples=int(saved.get("examples", 0)),
+                loss=float(saved.get("loss", 0)),
+            )
         self.mark(chosen_units(saved))
 
     def state(self) -> dict:
         """Return tensors by name: all that `resume` needs."""
         state = dict(step=self.step)
         if self.scores:
-            state |= {f"saliency.{n}": g.saliency for n, g in self.scores.groups.items()}
+            state |= scores_state(self.scores)
         return state | {f"masked.{n}": units for n, units in self.masked.items()}
 
     def with_saliencies(
         self,
         saliency: dict,  # group name -> saliencies, normalised already
+        details: dict | None = None,  # group name -> tensors to keep
     ) -> Scores:
         """Return scores with these saliencies."""
+        details = details or {}
         scores = group_scores(self.context, self.criterion, saliency)
         groups = {}
         for name, g in scores.groups.items():
-            groups[name] = GroupScores(g.group, saliency[name].double())
+            groups[name] = GroupScores(g.group, saliency[name].double(), details.get(name, {}))
         return dataclasses.replace(scores, groups=groups)
 
     def after_step(self, optimizer: torch.optim.Optimizer):
@@ -447,8 +473,8 @@ class IncrementalPruner(HardPruner):
 
     def result(self) -> tuple[Scores, Plan]:
         """Return scores and plan, completed where no guard holds units back."""
+        self.scores = self.scores or self.current_scores()
         if self.guard is None:
-            self.scores = self.scores or self.current_scores()
             self.more()
             self.stop()
         return super().result()

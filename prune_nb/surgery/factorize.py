@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..core import UserError, one_of
+from ..core import UserError, kept_rng, one_of
 from ..profile import weights_cost
 
 # %% ../../nbs/lib/05_surgery/03_factorize.ipynb #d97f5b90
@@ -159,6 +159,7 @@ LAYER_SIZES = (
 )
 
 
+@kept_rng()  # new layers draw weights before they get theirs
 def skeleton(layer: nn.Module, r_out: int, r_in: int, form: str) -> nn.Sequential:
     """Return the layers that replace `layer`, their weights not yet set.
 
