@@ -6,7 +6,7 @@
 __all__ = ['UNCOMPARED', 'FEW', 'COMPARISONS', 'NEAR', 'TOLERANCE', 'VerificationError', 'random_like', 'nearby',
            'comparison_inputs', 'exact_float32', 'leaf_difference', 'run', 'largest_difference',
            'max_relative_difference', 'Choices', 'share_changed', 'chosen_values', 'QuietNaN', 'careful_difference',
-           'verify']
+           'double_difference', 'verify']
 
 # %% ../../nbs/lib/05_surgery/11_verify.ipynb #a1e32218
 import contextlib
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..core import generator, untouched
 from ..nested import leaves_in, map_tensors, tensors_in
 from ..profile import call, device_of, to_device
+from .channels import copy_with
 
 # %% ../../nbs/lib/05_surgery/11_verify.ipynb #7b8e18fd
 class VerificationError(RuntimeError):
@@ -268,6 +269,38 @@ def careful_difference(
             ours = run(small, inputs)
     return largest_difference(ours, theirs) if replay.are_as_good else math.inf
 
+# %% ../../nbs/lib/05_surgery/11_verify.ipynb #double02
+def _in_double(model: nn.Module) -> nn.Module:
+    return copy_with(
+        model, lambda n, t: t.detach().double() if t.is_floating_point() else t.clone()
+    )
+
+
+@torch.no_grad()
+def double_difference(small: nn.Module, masked: nn.Module, inputs: object) -> float:
+    """Return the largest difference in float64, infinite where the networks do not run in it.
+
+    It is relative to the largest value of an output, or to a millionth of that of all outputs.
+    """
+    own = map_tensors(lambda t: t.double() if t.is_floating_point() else t, inputs)
+    try:
+        pair = [_in_double(m) for m in (small, masked)]
+        ours, theirs = (run(m, to_device(own, device_of(m))) for m in pair)
+    except (RuntimeError, TypeError, ValueError):
+        return math.inf
+    largest = [float(t.abs().max()) for t in _float_tensors(theirs)]
+    floor = 1e-6 * max(largest, default=0.0)
+    worst = 0.0
+    if len(ours) != len(theirs):
+        return math.inf
+    for a, b in zip(ours, theirs):
+        difference = leaf_difference(a, b)
+        is_tiny = isinstance(b, torch.Tensor) and b.is_floating_point() and b.numel()
+        if math.isfinite(difference) and is_tiny and (size := float(b.abs().max())) < floor:
+            difference *= size / floor
+        worst = max(worst, difference)
+    return worst
+
 # %% ../../nbs/lib/05_surgery/11_verify.ipynb #95df83a8
 TOLERANCE = {  # of the largest relative difference, by the type of the parameters
     torch.float64: 1e-10,
@@ -305,6 +338,8 @@ def verify(
         difference = max_relative_difference(small, masked, x)
         if not difference <= limit:
             difference = careful_difference(small, masked, x, limit)
+        if not difference <= limit:
+            difference = double_difference(small, masked, x)
         value = max(value, difference)
     if not value <= limit:
         raise VerificationError(
