@@ -17,7 +17,7 @@ OFFLINE = dict.fromkeys(PROXIES, "http://127.0.0.1:9") | dict(no_proxy="", NO_PR
 REFUSED = {
     "unknown parameter": (
         dict(ratoi=0.5),
-        "Invalid parameter 'ratoi'. Did you mean 'ratio'? Valid: criteria, method, ratio, of, ",
+        "Invalid parameter 'ratoi'. Did you mean 'ratio'? Valid: ratio, ",
     ),
     "method": (
         dict(method="eigendamag"),
