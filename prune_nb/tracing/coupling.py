@@ -287,7 +287,8 @@ class Probe:
 
         take = shape_kept if self.kind == "meta" else gather_kept
         small = cut(self.model, removed, take)
-        return watch(small, self.inputs, self.kind, self.tracer.heads, label_leaf)[0]
+        heads, scalars = self.tracer.heads, self.tracer.given
+        return watch(small, self.inputs, self.kind, heads, label_leaf, scalars)[0]
 
     def fault(self, units: dict) -> str:
         """Return what fails when units (group name -> numbers) are cut, "" if nothing does."""

@@ -171,6 +171,7 @@ def watch(
     kind: str,  # of tensors, one of `KINDS`
     heads: str = "whole",
     label_leaf: Callable | None = None,  # labels of parameters; `model` may then be on meta already
+    scalars: Iterable = (),  # values that the network's code reads, for tensors without any
 ) -> tuple[Tracer, object]:
     """Return the tracer of a forward pass in evaluation mode, and the outputs.
 
@@ -183,7 +184,7 @@ def watch(
     twin = model if is_copy else copy_for_tracing(model, kind, mode)
     for m in twin.modules():
         m.training = False  # not eval(), which exported programs refuse
-    tracer = Tracer(_named_tensors(twin), heads, label_leaf)
+    tracer = Tracer(_named_tensors(twin), heads, label_leaf, scalars)
     hooks = module_hooks(tracer, _named_modules(twin))
     convert = dict(meta=_on_meta, real=torch.clone).get(kind) or mode.from_tensor
     inputs = map_tensors(convert, inputs)
@@ -224,6 +225,16 @@ def runs_alone(model: nn.Module, inputs: object) -> bool:
     return True
 
 
+def _watch_again(
+    model: nn.Module, inputs: object, heads: str, tracer: Tracer, out: object
+) -> tuple[Tracer, object, str]:
+    """Return a pass on tensors without values that reads what the given one read, where it can."""
+    try:
+        return *watch(model, inputs, "meta", heads, scalars=tracer.read), "meta"
+    except Exception:
+        return tracer, out, "real"
+
+
 def watch_quickest(
     model: nn.Module, inputs: object, heads: str = "whole"
 ) -> tuple[Tracer, object, str]:
@@ -240,9 +251,13 @@ def watch_quickest(
             "A TorchScript module runs code that cannot be watched. "
             "Pass the module that it was made from."
         )
+    inputs = to_device(inputs, device_of(model))
     for kind in KINDS:
         try:
-            return *watch(model, to_device(inputs, device_of(model)), kind, heads), kind
+            tracer, out = watch(model, inputs, kind, heads)
+            if kind == "real" and tracer.read:
+                return _watch_again(model, inputs, heads, tracer, out)
+            return tracer, out, kind
         except Exception as e:
             error = e
     if isinstance(error, UserError):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RULES', 'POINTWISE', 'SIZE_ARGUMENTS', 'LAYOUT_OPERATIONS', 'SAME_SHAPE', 'AXIS_LABELS', 'WHOLE_TENSOR',
-           'NORMALIZERS', 'WIDTHS', 'rule', 'operand_tensors', 'no_rule', 'find_rule', 'is_pointwise', 'Operation',
-           'LoggedOperation', 'describe_operation', 'shortcut', 'Tracer', 'is_shape', 'note_count', 'note_width',
-           'note_shape', 'channel_labels', 'mix_dimensions', 'for_each_result', 'for_first_result', 'trace_function',
-           'label_table']
+           'NORMALIZERS', 'READ_VALUE', 'WIDTHS', 'rule', 'operand_tensors', 'no_rule', 'find_rule', 'is_pointwise',
+           'Operation', 'LoggedOperation', 'describe_operation', 'shortcut', 'Tracer', 'is_shape', 'note_count',
+           'note_width', 'note_shape', 'channel_labels', 'mix_dimensions', 'for_each_result', 'for_first_result',
+           'trace_function', 'label_table']
 
 # %% ../../nbs/lib/04_tracing/02_tracer.ipynb #a69984a8
 import functools
@@ -154,6 +154,9 @@ WHOLE_TENSOR = "removing it would remove a whole tensor"
 NORMALIZERS = re.compile("Norm|GRN|GlobalResponse")  # in the names of classes of modules
 
 
+READ_VALUE = torch.ops.aten._local_scalar_dense.default  # of `item()`, `bool()`, `float()`
+
+
 class Tracer(TorchDispatchMode):
     """Carry labels along while a network runs."""
 
@@ -162,8 +165,10 @@ class Tracer(TorchDispatchMode):
         named: dict,  # id of a parameter or buffer -> (name, whether it is silenced with its labels)
         heads: str = "whole",  # remove `whole` heads of attention, or the same `features` of all
         label_leaf: Callable | None = None,  # in place of `Tracer.new_leaf`
+        scalars: Iterable = (),  # what reads of single values give, in order, on tensors without any
     ):
         super().__init__()
+        self.given, self.read = list(scalars), []  # values that the network's code reads
         self.labels, self.named, self.heads = Labels(), named, heads
         self.label_leaf = label_leaf or Tracer.new_leaf
         self.leaves = {}  # name of a parameter, buffer or size -> {dimension: labels}
@@ -235,12 +240,19 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = shortcut(func, args)
+        out = self.read_value(args) if func is READ_VALUE else shortcut(func, args)
         if out is None:
             out = func(*args, **kwargs)
+        if func is READ_VALUE:
+            self.read.append(out)
         if not self.paused:
             self.step(func, args, kwargs, out)
         return out
+
+    def read_value(self, args: tuple) -> object:
+        """Return what is to be read from a tensor without a value, `None` where it has one."""
+        position = len(self.read)
+        return self.given[position] if args[0].is_meta and position < len(self.given) else None
 
     def step(self, func: Callable, args: tuple, kwargs: dict, out: object):
         """Log one operation, and apply its rule where an operand has labels."""
