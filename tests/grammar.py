@@ -363,7 +363,15 @@ class Temporal(Block):
         return F.relu(self.norm(y)).transpose(1, 2)
 
 
-SEQUENCE_BLOCKS = [Perceptron, Perceptron, SwiGlu, OwnAttention, ModuleAttention, Recurrent, Temporal]
+SEQUENCE_BLOCKS = [
+    Perceptron,
+    Perceptron,
+    SwiGlu,
+    OwnAttention,
+    ModuleAttention,
+    Recurrent,
+    Temporal,
+]
 
 
 # Outputs: what a network returns beside its logits, and how

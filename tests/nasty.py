@@ -1895,7 +1895,7 @@ def warped(m, x):
     return m.b(F.grid_sample(y, grid + m.t(y.mean((2, 3)))[:, None, None], align_corners=False))
 
 
-@nasty(lambda: two(), "module.a.weight:0 module.b.weight:1", after=nn.DataParallel)
+@nasty(lambda: two(), "a.weight:0 b.weight:1", after=nn.DataParallel)
 def data_parallel(m, x):
     return m.b(m.a(x).relu())
 

@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 import torch
-from grammar import Task, draw, leaves_of, logits_of
+from grammar import Task, draw, leaves_of
 from torch import nn
 
 from prune_nb import load, prune, save

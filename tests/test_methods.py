@@ -167,7 +167,7 @@ def test_a_user_writes_a_criterion(digits):
         assert found.group.units == len(expected)
     finally:
         del METHODS["largest_weight"]
-    with pytest.raises(UserError, match=f"Valid: {', '.join(METHODS)}\\."):
+    with pytest.raises(UserError, match="Valid: taylor_weight, .* more\\."):
         find_method("largest_weight")
 
 

@@ -138,7 +138,7 @@ def test_refused_through_papermill(refusals, name):
         (dict(run_name=".."), "Invalid run_name '..'."),
         (
             dict(notebook="pretrain", ratio=0.5),
-            "Invalid parameter 'ratio'. Valid: dataset, model, epochs, ",
+            "Invalid parameter 'ratio'. Valid: data_dir, train_size, ",
         ),
     ],
     ids=str,

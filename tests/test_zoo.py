@@ -24,6 +24,7 @@ from zoo import CASES, Case, randomise
 
 from prune_nb.core import UserError, generator, untouched
 from prune_nb.profile import attention_fastpath_off, call, count_params
+from prune_nb.surgery.channels import plain_network
 from prune_nb.surgery.plan import Plan, load_plan
 from prune_nb.surgery.verify import max_relative_difference, random_like
 from prune_nb.tracing.coupling import Coupling, trace
@@ -301,7 +302,7 @@ def check_other_inputs(case: Case, plan: Plan, model, small, x):
 
 def check_surgery(case: Case, row: dict, tmp_path: Path):
     """Trace a network of the zoo, cut half of everything and check what came of it."""
-    model, x = randomise(case.build()), case.inputs()
+    model, x = plain_network(randomise(case.build())), case.inputs()
     before, values = state(model), copied_values(model)
     row["params_before"], start = count_params(model), time.process_time()
     try:

@@ -6,6 +6,7 @@
 __all__ = ['CHANNELS_OF_GROUP', 'MEETS_GROUPED', 'contract_operands', 'contract', 'GroupedConvolution', 'settle_groups']
 
 # %% ../../nbs/lib/04_tracing/04_contractions.ipynb #265ee17b
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,9 @@ def contract_operands(
         if left and (whole or complete):
             dims = tuple(result.index(block[i]) for i in left)
             shape = [labels.shape[i] for i in left]
+            if labels.size != math.prod(shape):  # the other operand is given, and has no labels
+                tracer.labels.freeze(labels, why)
+                continue
             found.append(AxisLabels(dims, labels.reshape(shape), quiet))
     return found
 
