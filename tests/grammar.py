@@ -198,7 +198,7 @@ class Noisy(Block):
 
     def forward(self, x):
         noise = torch.rand_like(x) if self.everywhere else torch.rand(x.shape[-1])
-        return x + 0.1 * noise
+        return x + 0.1 * noise.to(x.dtype)
 
 
 class Twice(Block):

@@ -20,8 +20,8 @@ METHODS = """
     l1 group_l2 fpgm random taylor_output taylor_weight gate_obd kron_obd
     eigendamage curvature_tucker
     """.split()
-LIMITS = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 0.1}  # of the largest output
-SHARE_REFUSED = 0.35  # more, and the fuzzer says little
+LIMIT = 1e-6  # of the largest output, in float64: small differences may grow in normalisations
+SHARE_REFUSED = 0.4  # of a block; more, and the fuzzer says little
 
 
 def pytest_generate_tests(metafunc):
@@ -37,13 +37,24 @@ def outputs_of(model: nn.Module, inputs: object) -> list[torch.Tensor]:
         return leaves_of(model.eval()(inputs))
 
 
+def in_double(task: Task, model: nn.Module) -> list[torch.Tensor]:
+    """Return what a network gives in float64."""
+    inputs = task.example
+    return outputs_of(model.double(), inputs.double() if inputs.is_floating_point() else inputs)
+
+
 def distance(xs: list, ys: list) -> float:
-    """Return the largest difference relative to the largest value, over all outputs."""
+    """Return the largest difference over all outputs, relative to the largest value of each.
+
+    An output below a millionth of the largest is rounding, as the mean of what was centred.
+    """
     assert xs and [(x.shape, x.dtype) for x in xs] == [(y.shape, y.dtype) for y in ys]
+    pairs = [(x, y) for x, y in zip(xs, ys) if x.is_floating_point() or x.is_complex()]
+    largest = max(float(y.abs().max()) for _, y in pairs)
     worst = 0.0
-    for x, y in zip(xs, ys):
-        if x.is_floating_point() or x.is_complex():
-            worst = max(worst, float((x - y).abs().max() / y.abs().max().clamp_min(1e-20)))
+    for x, y in pairs:
+        size = max(float(y.abs().max()), 1e-6 * largest, 1e-20)
+        worst = max(worst, float((x - y).abs().max()) / size)
     return worst
 
 
@@ -66,19 +77,45 @@ def silenced(model: nn.Module, removed: dict) -> nn.Module:
     return model
 
 
+def product(parts: nn.Sequential) -> torch.Tensor:
+    """Return the kernel that layers one after another have together; all but one are pointwise."""
+    whole = None
+    for part in parts:
+        kernel = part.weight.detach().double()
+        kernel = kernel.flatten(2) if kernel.dim() > 2 else kernel[..., None]
+        if whole is None:
+            whole = kernel
+        elif kernel.shape[2] == 1:
+            whole = torch.einsum("or,rit->oit", kernel[..., 0], whole)
+        else:
+            whole = torch.einsum("ort,ri->oit", kernel, whole[..., 0])
+    return whole
+
+
+def multiplied(model: nn.Module, small: nn.Module, layers: list) -> nn.Module:
+    """Return a copy of `model` with the kernels of the factorised layers, multiplied together."""
+    model = copy.deepcopy(model).double()
+    with torch.no_grad():
+        for name in layers:
+            weight = model.get_submodule(name).weight
+            weight.copy_(product(small.get_submodule(name)).view_as(weight))
+    return model
+
+
 def check_values(task: Task, result) -> None:
     """Compare with the original by rules that know nothing of the package's own mask."""
     model, small = task.build(), result.plan.apply(task.build())
     own, state = dict(model.state_dict()), small.state_dict()
     if result.plan.layers:
-        assert distance(outputs_of(small, task.example), outputs_of(model, task.example)) < 1e3
+        expected = in_double(task, multiplied(model, small, list(result.plan.layers)))
+        assert distance(in_double(task, small), expected) <= LIMIT
         return
-    if not any(cut.update for cut in result.plan.cuts.values() if hasattr(cut, "update")):
+    if not result.plan.updates:
         for name, value in state.items():
             assert torch.equal(value, without(own[name], result.plan.removed.get(name, {}))), name
     if not task.mixes:
-        expected = outputs_of(silenced(model, result.plan.removed), task.example)
-        assert distance(outputs_of(small, task.example), expected) <= LIMITS[task.dtype]
+        expected = in_double(task, silenced(model, result.plan.removed))
+        assert distance(in_double(task, small), expected) <= LIMIT
 
 
 def train_a_step(task: Task, model: nn.Module) -> None:
@@ -96,18 +133,26 @@ def train_a_step(task: Task, model: nn.Module) -> None:
                 p -= 0.01 * p.grad
 
 
+def nearest_share(refusal: str) -> float:
+    """Return a share that the sentence of a refused budget says can be removed; 0 where none."""
+    shares = [float(number) / 100 for number in re.findall(r"([0-9.]+)%", refusal)[1:]]
+    share = max(shares, default=0.0)
+    return 0.8 * share if "can be reached" in refusal else share
+
+
 def prune_near(task: Task, method: str, ratio: float):
-    """Prune by about `ratio`: by the nearest step that a small network has."""
+    """Prune by about `ratio`: by a step that a small network has."""
     options = dict(cost="params", loss=task.loss, progress=False)
     if task.loss:
         options["fisher"] = "empirical"
-    try:
-        return prune(task.build(), task.batches, method, ratio, **options)
-    except UserError as refusal:
-        steps = re.search(r"nearest steps? removes? ([0-9.]+)%", str(refusal))
-        if not steps or not float(steps[1]):
-            raise
-    return prune(task.build(), task.batches, method, float(steps[1]) / 100, **options)
+    for _ in range(3):
+        try:
+            return prune(task.build(), task.batches, method, ratio, **options)
+        except UserError as refusal:
+            ratio = nearest_share(str(refusal))
+            if not ratio:
+                raise
+    return prune(task.build(), task.batches, method, ratio, **options)
 
 
 def attempt(task: Task, method: str, ratio: float, folder) -> str:
@@ -142,3 +187,4 @@ def test_any_network_is_pruned_exactly_or_refused_in_words(block, tmp_path):
             refused.append(f"{seed}: {method} {ratio:g}, {task.name}: {why}")
     print(*refused, sep="\n")
     assert not wrong, "\n".join(wrong)
+    assert len(refused) <= SHARE_REFUSED * 25, "\n".join(refused)
