@@ -198,7 +198,7 @@ def test_click_opens_a_run(seen, home):
     rows(seen).filter(has_text="l1-0.5").click()
     expect(runs.locator("h3")).to_have_text("l1-0.5")
     link = runs.get_by_role("link", name="notebook.ipynb")
-    expect(link).to_have_attribute("href", "../runs/l1-0.5/notebook.ipynb")
+    expect(link).to_have_attribute("href", "./../runs/l1-0.5/notebook.ipynb")
     accuracy = read_json(home / "runs/l1-0.5/result.json")["finetuned"]["accuracy"]
     expect(runs.locator(".widget-html table")).to_contain_text(f"{accuracy:.4g}")
     points = seen.page.locator(".points path")
