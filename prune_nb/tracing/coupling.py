@@ -110,14 +110,18 @@ class Coupling:
         """Return group -> p-norm of every unit: of all parameter entries removed with it."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
         totals = {g.name: np.zeros(g.units) for g in self.groups}
-        sums = {}
+        places = {}  # parameter -> [(group, dimension, positions)]
         for g, name, d, positions in self.places():
-            if name not in parameters:
-                continue
-            if (name, d) not in sums:
-                entries = parameters[name].detach().abs()
-                sums[name, d] = _sum_over_others(entries if p == 1 else entries.pow(p), d)
-            totals[g.name] += sums[name, d][positions].sum(1)
+            if name in parameters:
+                places.setdefault(name, []).append((g.name, d, positions))
+        for name, found in places.items():
+            entries = parameters[name].detach().abs()
+            entries = entries if p == 1 else entries.pow(p)
+            sums = {}
+            for group, d, positions in found:
+                if d not in sums:
+                    sums[d] = _sum_over_others(entries, d)
+                totals[group] += sums[d][positions].sum(1)
         return {name: torch.from_numpy(total ** (1 / p)) for name, total in totals.items()}
 
     @property
