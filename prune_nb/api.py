@@ -18,7 +18,7 @@ from torch import nn
 from .budgets.allocation import allocate, check_budget
 from .core import UserError, renamed, untouched
 from .costs.kinds import Cost, find_cost
-from .criteria.core import Scores, collector_of, register, score
+from .criteria.core import Scores, collector_of, find_method, register, score
 from .nested import FirstExamples, is_example
 from .profile import compare
 from .recovery.compensation import compensate
@@ -208,7 +208,9 @@ def prune(
     `VerificationError` if the surgery were not exact.
     """
     model = plain_network(model)
-    check_budget(ratio, cost)
+    method = find_method(method).name
+    check_budget(ratio, cost, table)
+    kind = find_cost(cost, table)
     check_data(data, method)
     if refit:
         check_refit_data(data)
@@ -216,7 +218,6 @@ def prune(
         model, data, method, samples, fisher, loss, seed, ignore, reduction, normalization, progress
     )
     example = example_of(model, data)
-    kind = find_cost(cost, table)
     if kind.needs_table and kind.table is None:
         table = kind.measure(model, example, scores, progress=progress)
     plan = allocate(scores, ratio, cost, cap, strategy, table=table)

@@ -275,12 +275,15 @@ def _lengths(x: object, inside: bool = False) -> list:
 def first_example(data: object) -> object:
     """Return the inputs of the first example of `data`, in a batch of one; inputs are returned unchanged.
 
-    Raise a `UserError` if the data gave no batch, or something that is not a pair.
+    Empty batches are left out. Raise a `UserError` if the data gave no batch, or something that is
+    not a pair.
     """
     if is_example(data):
         return data
-    for batch in data:
-        inputs, targets = check_pair(batch)
+    for position, batch in enumerate(check_batches(data)):
+        inputs, targets = check_pair(batch, position)
+        if _lengths(inputs)[:1] == [0]:
+            continue
         length_of_targets = _lengths(targets, inside=True)[-1:]
         of_examples = [n for n in length_of_targets if n in _lengths(inputs)]
         return take_examples(inputs, slice(1), of_examples[0] if of_examples else None)

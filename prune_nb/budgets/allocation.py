@@ -64,9 +64,11 @@ REMOVED = "the fraction that is removed"
 def check_budget(
     ratio: float,  # fraction to remove
     cost: str | Cost,  # its name, or the cost itself
+    table: Any = None,  # of `latency_table`
 ):
-    """Raise a `UserError` unless `ratio` is in [0, 1) and the cost is known."""
+    """Raise a `UserError` unless `ratio` is in [0, 1), and the cost and the kind of table are known."""
     find_cost(cost)
+    noted_costs(table)
     check_share("ratio", ratio, REMOVED)
 
 

@@ -181,9 +181,15 @@ def find_cost(
 
 
 def noted_costs(table: Any = None) -> list[Cost]:
-    """Return the costs that a plan notes: all but units, measured ones where there is a table."""
+    """Return the costs that a plan notes: all but units, measured ones where there is a table.
+
+    Raise a `UserError` for a table of another kind.
+    """
     known = [cls(table) for cls in COSTS.values() if not cls.counts_units]
-    return [c for c in known if table is not None or not c.needs_table]
+    noted = [c for c in known if table is not None or not c.needs_table]
+    for c in noted:
+        c.check()
+    return noted
 
 # %% ../../nbs/lib/06_costs/03_kinds.ipynb #3c09d760
 @register_cost
@@ -282,7 +288,7 @@ class Milliseconds(Cost):
 
     def check(self):
         """Raise a `UserError` unless there is a table."""
-        if self.table is None:
+        if not hasattr(self.table, "whole"):
             raise UserError(
                 "Milliseconds are not known: measure them with table = latency_table(model, "
                 "inputs, scores) of prune_nb.costs.latency, and pass table=table."

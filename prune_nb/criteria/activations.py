@@ -31,7 +31,7 @@ from prune_nb.criteria.core import (
 )
 from .groups import Member, members_of
 from ..nested import first_batches
-from ..profile import attention_fastpath_off, call, device_of, to_device
+from ..profile import attention_fastpath_off, call_on_batch, device_of, to_device
 from ..surgery.modules import PrunedMultiheadAttention
 
 # %% ../../nbs/lib/07_criteria/10_activations.ipynb #f0005349
@@ -160,7 +160,7 @@ def visit_activations(
                 visit(n, *end)
 
             with LayerEnds(model, visit_end):
-                call(model.eval(), to_device(x, device))
+                call_on_batch(model.eval(), to_device(x, device))
             total += n
     return total
 

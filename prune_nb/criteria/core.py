@@ -6,8 +6,8 @@
 __all__ = ['METHODS', 'COLLECTORS', 'ELSEWHERE', 'MEASURES', 'REDUCTIONS', 'NORMALIZATIONS', 'Criterion', 'Collector',
            'collector', 'fill_defaults', 'register', 'method_ids', 'find_method', 'collector_of', 'criterion_of',
            'tagged_source', 'load_criteria', 'reduce_members', 'normalize_group', 'ScoringContext', 'reduction_of',
-           'normalization_of', 'skipped_groups', 'group_scores', 'layer_scores', 'grouped_reasons', 'check_values',
-           'score', 'collect_all']
+           'normalization_of', 'skipped_groups', 'group_scores', 'layer_scores', 'grouped_reasons', 'ignored_layers',
+           'check_samples', 'check_values', 'score', 'collect_all']
 
 # %% ../../nbs/lib/07_criteria/03_core.ipynb #db978907
 import importlib
@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from ..core import UserError, invalid, one_of
+from ..core import UserError, check_count, invalid, one_of
 from ..costs.counts import Costs, count_costs
 from prune_nb.criteria.scores import (  # noqa: F401
     COSTS,
@@ -37,6 +38,7 @@ from prune_nb.criteria.scores import (  # noqa: F401
     scores_table,
 )
 from .spaces import ChannelSpace, DirectionSpace, FormSpace, SearchSpace
+from ..losses import check_loss_function
 from ..nested import is_example
 from ..profile import count_macs, count_params
 from ..surgery.channels import plain_network
@@ -446,6 +448,29 @@ def _check_found(scores: Scores):
     )
 
 # %% ../../nbs/lib/07_criteria/03_core.ipynb #7bcd1367
+def ignored_layers(model: nn.Module, ignore: str | list | None) -> list[str]:
+    """Return the names of layers that are asked for: names, or patterns as in `layer1.*`.
+
+    Raise a `UserError` for anything that is no layer.
+    """
+    asked = [ignore] if isinstance(ignore, str) else ignore or ()
+    if not isinstance(asked, (list, tuple, set)):
+        raise invalid("ignore", ignore, "Valid: names of layers, in a list.")
+    names, found = [n for n, _ in model.named_modules() if n], []
+    for pattern in asked:
+        matching = [n for n in names if isinstance(pattern, str) and fnmatchcase(n, pattern)]
+        found += matching or [one_of("layer to ignore", pattern, names)]
+    return list(dict.fromkeys(found))
+
+
+def check_samples(samples: int | None):
+    """Raise a `UserError` unless `samples` is a number of examples, or None for all."""
+    if samples is not None:
+        check_count(
+            "samples", samples, advice="Give a number of examples, 1 or more, or None for all."
+        )
+
+
 def check_values(model: nn.Module):
     """Raise a `UserError` where parameters have no values."""
     empty = [name for name, p in model.named_parameters() if p.is_meta]
@@ -477,12 +502,12 @@ def score(
     """
     model = plain_network(model)
     check_values(model)
-    single = isinstance(method, (str, int))
+    single = not isinstance(method, (list, tuple))
     names = [find_method(m).name for m in ([method] if single else method)]
-    ignore = [ignore] if isinstance(ignore, str) else list(ignore)
-    for n in ignore:
-        one_of("layer to ignore", n, [n for n, _ in model.named_modules() if n])
+    ignore = ignored_layers(model, ignore)
     _check_methods(names, data, reduction, normalization)
+    check_samples(samples)
+    check_loss_function(loss)
     options = (samples, fisher, loss, seed, ignore, reduction, normalization, progress)
     criteria = [METHODS[n]() for n in names]
     found = collect_all(ScoringContext(model, data, *options, criteria))

@@ -11,7 +11,7 @@ __all__ = ['GATED_AT_INPUTS', 'CHUNK_BYTES', 'Reader', 'readers_of', 'input_hook
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -30,9 +30,9 @@ from prune_nb.criteria.groups import (
     check_loss,
     members_of,
 )
-from ..curvature.fisher import mean_loss
+from ..losses import mean_loss
 from ..nested import count_targets, first_batches, map_tensors, tensors_in
-from ..profile import attention_fastpath_off, call, device_of, to_device
+from ..profile import attention_fastpath_off, call, call_on_batch, device_of, to_device
 from ..surgery.channels import INPUT, Group
 
 # %% ../../nbs/lib/07_criteria/06_gates.ipynb #b689a6ba
@@ -444,6 +444,19 @@ class Gate:
         return self.batch.without(self.group, units) - self.batch.loss
 
 # %% ../../nbs/lib/07_criteria/06_gates.ipynb #7a7e20a2
+@contextlib.contextmanager
+def _batch_fits(model: nn.Module, inputs: Any) -> Iterator[None]:
+    """Raise a `UserError` after an error inside, where the plain network does not take the inputs."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception:
+        with torch.no_grad():
+            call_on_batch(model, inputs)
+        raise
+
+
 def visit_batches(
     context: ScoringContext,
     means: list,  # of (function of a `GatedBatch` -> values by name, `RunningMean` they go into)
@@ -457,9 +470,10 @@ def visit_batches(
     with Gates(context) as gates:
         for x, y, n in first_batches(data, context.samples):
             batch = GatedBatch(gates, to_device(x, device), to_device(y, device))
-            for values, mean in means:
-                mean.add(values(batch), n)
-            loss.add({"loss": check_loss(batch.loss)}, n)
+            with _batch_fits(context.model, batch.x):
+                for values, mean in means:
+                    mean.add(values(batch), n)
+                loss.add({"loss": check_loss(batch.loss)}, n)
     return loss
 
 # %% ../../nbs/lib/07_criteria/06_gates.ipynb #bab10487

@@ -24,9 +24,9 @@ from prune_nb.criteria.core import (
     reduce_members,
     reduction_of,
 )
-from ..curvature.fisher import mean_loss
+from ..losses import mean_loss
 from ..nested import count_targets, first_batches, take_examples, take_targets
-from ..profile import call, device_of, to_device
+from ..profile import call_on_batch, device_of, to_device
 from ..tracing.coupling import Coupling
 
 # %% ../../nbs/lib/07_criteria/04_groups.ipynb #8cec2a3f
@@ -259,7 +259,7 @@ def check_depends(loss: torch.Tensor) -> torch.Tensor:
         return loss
     raise UserError(
         "The loss does not depend on the network's parameters. Give a loss of (outputs, targets) "
-        "that does."
+        "that does, and do not call .item() on it."
     )
 
 
@@ -291,7 +291,9 @@ def visit_gradients(
             for p in model.parameters():
                 p.grad = None
             with torch.enable_grad():
-                value = mean_loss(call(model, to_device(x, device)), to_device(y, device), loss)
+                value = mean_loss(
+                    call_on_batch(model, to_device(x, device)), to_device(y, device), loss
+                )
             number = check_loss(check_depends(value).item())
             value.backward()
             visit(n, number)

@@ -27,7 +27,7 @@ from prune_nb.core import (
     untouched,
 )
 from .batches import batches
-from .fisher import FISHERS, ExampleUniforms, fisher_losses, mean_loss
+from .fisher import FISHERS, ExampleUniforms, fisher_losses
 from prune_nb.curvature.passes import (
     Checkpoint,
     SweepProgress,
@@ -39,7 +39,8 @@ from prune_nb.curvature.passes import (
     unseen_batches,
 )
 from .sums import Sums
-from ..profile import attention_fastpath_off, call, to_device
+from ..losses import mean_loss
+from ..profile import attention_fastpath_off, call_on_batch, to_device
 
 # %% ../../nbs/lib/03_curvature/11_sweeps.ipynb #400744ee
 def device_of(sums: dict[str, Sums]) -> torch.device:
@@ -76,7 +77,7 @@ def propagate_back(
     if not roots or not scalars[0].requires_grad:
         raise UserError(
             f"No gradient of the loss comes back to any of the layers {', '.join(sums)}. "
-            "Choose layers that the outputs depend on."
+            "Choose layers that the outputs depend on, and a loss without .item()."
         )
     device = device_of(sums).type
     for i, scalar in enumerate(scalars, 1):
@@ -104,7 +105,7 @@ def add_batch(
     Returns the mean loss on `targets`.
     """
     with attach_hooks(sums, n, half) as roots:
-        outputs = call(model, inputs)
+        outputs = call_on_batch(model, inputs)
         with torch.autocast(device_of(sums).type, enabled=False):
             for s in sums.values():
                 s.heard()
