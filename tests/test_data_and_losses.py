@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from prune_nb.api import prune
+from prune_nb.api import allocate, prune, verify
 from prune_nb.core import UserError
 from prune_nb.criteria.core import METHODS, score
 from prune_nb.train import evaluate, fit, refresh_bn
@@ -186,6 +186,39 @@ def test_a_last_batch_of_one():
     with pytest.raises(UserError, match="drop_last=True"):
         fit(norm_last, data, 1, 0.01)
     refresh_bn(norm_last, data)
+
+
+class Windows(nn.Module):
+    """Fold windows into the batch, as Swin transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.up, self.down = nn.Linear(12, 24), nn.Linear(24, 48), nn.Linear(48, 24)
+        self.also, self.head = nn.Linear(24, 24), nn.Linear(24, 4)
+
+    def forward(self, x):
+        n = len(x)
+        y = self.embed(x)
+        windows = y.view(n * 4, 4, 24)
+        y = windows + self.down(F.gelu(self.up(windows)))
+        return self.head(self.also(y.reshape(n, 16, 24)).mean(1))
+
+
+@pytest.mark.parametrize(
+    "method", ["eigendamage_ekfac", "improved_eigendamage", "curvature_tucker"]
+)
+def test_layers_with_windows_in_the_batch_keep_the_eigenvalues_of_kfac(method):
+    data = [(torch.randn(8, 16, 12), classes(8))] * 2
+    model = Windows()
+    said = r"as in K-FAC, are taken for: up reads \d+ rows where there are \d+ examples"
+    with pytest.warns(UserWarning, match=said):
+        scores = score(model, data, method, progress=False)
+    assert {"up", "down", "also"} <= set(scores.layers)
+    plan = allocate(scores, loss=0.05, cost="params")
+    assert plan.layers
+    verify(plan.apply(model), plan.masked(model), data[0][0])
+    by_kfac = score(model, data, "curvature_tucker_kfac", progress=False)
+    assert set(by_kfac.layers) == set(scores.layers)
 
 
 @pytest.mark.parametrize("samples", [0, -5, 2.5, True, "all", [4]])

@@ -9,6 +9,7 @@ __all__ = ['output_layer', 'collect_options', 'average_statistics', 'collect_sta
 # %% ../../nbs/lib/07_criteria/05_layers.ipynb #d9c0d8a7
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -142,7 +143,8 @@ def measure_moments(
 ) -> dict:
     """Return layer name -> (eigenbases, second moments of single gradients in them).
 
-    The moments have the weight's shape. One pass serves all criteria of the same momentum.
+    The moments have the weight's shape. One pass serves all criteria of the same momentum. A
+    warning names layers whose rows are not examples: products of their K-FAC eigenvalues are taken.
     """
     key = ("moments", momentum)
     if key not in context.shared:
@@ -157,6 +159,18 @@ def measure_moments(
             seed=context.seed,
             progress=context.progress,
         )
+        if found.skipped:
+            left = [f"{n} {why}" for n, why in found.skipped.items()]
+            warnings.warn(
+                f"Products of eigenvalues, as in K-FAC, are taken for: {'; '.join(left)}.",
+                stacklevel=2,
+            )
+        for n in found.skipped:
+            out, into = bases[n]
+            product = out.values[:, None] * into.values
+            weight = context.model.get_submodule(n).weight
+            taps = [1] * (weight.dim() - 2)
+            found[n] = product.view(*product.shape, *taps).expand_as(weight)
         context.shared[key] = {n: (bases[n], found[n]) for n in bases}
     return context.shared[key]
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..core import UserError
 from .geometry import Images, as_images, geometry
 from .kernels import gradient_gram, input_sums, patch_sum, tap_sums
 from .passes import layer_bytes
@@ -42,6 +41,7 @@ class Sums:
         self.inputs = 0  # pixels or tokens that came in
         self.outputs = 0  # output positions
         self.seen = 0  # examples, where each counts once
+        self.fault = ""  # why there are no statistics of single examples, in words
         self.start([])
 
     def start(
@@ -88,7 +88,9 @@ class Sums:
 
 # %% ../../nbs/lib/03_curvature/09_sums.ipynb #666801d8
 def missing_reason(s: Sums) -> str:
-    """Return why sums are incomplete, in words, where no input or no gradient arrived."""
+    """Return why sums are incomplete, in words; empty where nothing is missing."""
+    if s.fault:
+        return s.fault
     if not s.calls:
         return "not called in the forward pass: unused, or its parent reads the weight itself"
     if any(key[0] == "G" for key in s.sums):
@@ -116,23 +118,21 @@ class ExampleSums(Sums):
         """Add what belongs to single examples, after the gradients of all calls arrived."""
         calls, self.pending = self.pending, []
         for x, version, _ in calls:
-            self.check_examples(x, version)
-        if calls:
+            self.note_fault(x, version)
+        if calls and not self.fault:
             self.add_examples([(_wide(x), g) for x, _, g in calls])
 
-    def check_examples(self, x: torch.Tensor, version: int | None = None) -> None:
-        """Raise a `UserError` unless the rows of `x` are examples that were not overwritten."""
-        instead = "Statistics of single examples are not available there; leave the layer out."
+    def note_fault(self, x: torch.Tensor, version: int | None = None) -> None:
+        """Note why nothing is known of single examples, unless the rows of `x` are examples."""
+        if self.fault:
+            return
         if len(x) != self.examples:
-            raise UserError(
-                f"Layer {self.name!r} reads {len(x)} rows "
-                f"where there are {self.examples} examples. {instead}"
+            self.fault = (
+                f"reads {len(x)} rows where there are {self.examples} examples, so that nothing is "
+                "known of single examples"
             )
-        if version not in (None, x._version):
-            raise UserError(
-                f"The input of layer {self.name!r} was overwritten in place "
-                f"before its gradient came back. {instead}"
-            )
+        elif version not in (None, x._version):
+            self.fault = "its input was overwritten in place before the gradient came back"
 
 # %% ../../nbs/lib/03_curvature/09_sums.ipynb #2f259b2e
 class InputSums(ExampleSums):
@@ -172,7 +172,9 @@ class InputSums(ExampleSums):
     ) -> None:
         """Add the outer products of the mean input of every example."""
         for _, total in calls:
-            self.check_examples(total)
+            self.note_fault(total)
+        if self.fault:
+            return
         self.seen += self.examples
         positions = sum(rows for rows, _ in calls) / self.examples
         mean = sum(total for _, total in calls) / positions
