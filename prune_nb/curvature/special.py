@@ -176,10 +176,10 @@ class PartSums(Sums):
         for s in self.parts.values():
             s.start(roots, examples, half)
 
-    def heard(self) -> None:
+    def end_forward(self) -> None:
         """Finish the forward pass."""
         for s in self.parts.values():
-            s.heard()
+            s.end_forward()
 
     def settle(self) -> None:
         """Finish a backward pass."""
@@ -203,6 +203,11 @@ class PartSums(Sums):
                 kind = key[0] if isinstance(key, tuple) else key
                 found[kind, part, key] = total
         return found
+
+    @property
+    def fault(self) -> str:
+        """Return why a part has no statistics of single examples; empty where all have."""
+        return next((s.fault for s in self.parts.values() if s.fault), "")
 
     @property
     def calls(self) -> int:

@@ -60,7 +60,7 @@ class Sums:
         """Register the hooks; return their handles."""
         return [self.module.register_forward_hook(self, with_kwargs=True)]
 
-    def heard(self) -> None:
+    def end_forward(self) -> None:
         """Finish the forward pass: later calls, as checkpointing makes them, do not count."""
         self.recording = False
 
@@ -159,7 +159,7 @@ class InputSums(ExampleSums):
         if self.bias:
             self.add("one", patch_sum(x, self.geometry))
 
-    def heard(self) -> None:
+    def end_forward(self) -> None:
         """Finish the forward pass; with `reduce`, add the mean over all positions read."""
         self.recording = False
         calls, self.read = self.read, []

@@ -108,7 +108,7 @@ def add_batch(
         outputs = call_on_batch(model, inputs)
         with torch.autocast(device_of(sums).type, enabled=False):
             for s in sums.values():
-                s.heard()
+                s.end_forward()
         chance = labels(inputs, n, draws) if labels and fisher == "mc" else None
         scalars = fisher_losses(outputs, targets, fisher, loss, draws, chance, examples=n)
         propagate_back(scalars, roots, sums)

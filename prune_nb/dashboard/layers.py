@@ -27,7 +27,7 @@ from torch import nn
 from ..api import apply_plan
 from ..budgets.allocation import Allocation, Budget
 from ..core import UserError, one_of, renamed
-from ..costs.kinds import COSTS
+from ..costs.kinds import COSTS, find_cost
 from prune_nb.criteria.core import (
     METHODS,
     Scores,
@@ -1082,7 +1082,7 @@ class Layers(BudgetPanel):
         if self.given_strategy():
             budget["strategy"] = self.given_strategy()
         budget |= self.limits()
-        latency = self.value("cost") == "latency"
+        latency = find_cost(self.value("cost")).needs_table
         return python_recipe(self.setup, self.scores.method, self.options, budget, latency)
 
     @property
