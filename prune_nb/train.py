@@ -341,8 +341,8 @@ class _Training:
             lr = self.optimizer.param_groups[0]["lr"]
             raise UserError(
                 f"The training loss became {float(total)} in epoch {epoch + 1} of "
-                f"{self.rate.epochs} ({label}) (learning rate {lr:.3g}). Lower the learning rate; "
-                "if that does not help, check inputs, targets and weights for such values."
+                f"{self.rate.epochs} ({label}) (learning rate {lr:.3g}). Lower the learning rate. "
+                "If that does not help, check inputs, targets and weights for such values."
             )
 
     def validate(self, val: Iterable | None) -> dict:
