@@ -264,3 +264,19 @@ def test_ignored_layers_by_pattern():
 def test_training_in_other_types_on_a_cpu(dtype):
     history = fit(network().to(dtype), [(images().to(dtype), classes())], 2, 0.01)
     assert all(row["train_loss"] > 0 for row in history)
+
+
+@pytest.mark.parametrize(
+    "layers, inputs",
+    [
+        ([nn.Conv3d(1, 8, 3), nn.ReLU(), nn.Conv3d(8, 4, 1)], torch.randn(4, 1, 6, 6, 6)),
+        ([nn.Conv1d(3, 8, 3), nn.ReLU(), nn.Conv1d(8, 4, 1)], torch.randn(4, 3, 12)),
+    ],
+)
+def test_layers_without_factors_get_a_method_that_takes_them(layers, inputs):
+    model = nn.Sequential(*layers, nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten())
+    data = [(inputs, classes(4))]
+    with pytest.raises(UserError, match="such as 'group_l2'") as error:
+        prune(model, data, ratio=0.25, cost="units", progress=False)
+    assert len(str(error.value)) <= 300
+    assert prune(model, data, "group_l2", 0.25, "units", progress=False).plan.cuts

@@ -442,9 +442,12 @@ def _check_found(scores: Scores):
     if scores.layers or scores.groups:
         return
     why = grouped_reasons(scores.skipped)
+    advice = ""
+    if collector_of(scores.method).ranks == "layers":
+        advice = " Methods that cut channels, such as 'group_l2', take more kinds of layers."
     raise UserError(
         f"No layer is left to prune with {scores.method!r}: "
-        f"{why or 'the network has no parameters'}."
+        f"{why or 'the network has no parameters'}.{advice}"
     )
 
 # %% ../../nbs/lib/07_criteria/03_core.ipynb #7bcd1367
