@@ -276,7 +276,7 @@ def test_training_in_other_types_on_a_cpu(dtype):
 def test_layers_without_factors_get_a_method_that_takes_them(layers, inputs):
     model = nn.Sequential(*layers, nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten())
     data = [(inputs, classes(4))]
-    with pytest.raises(UserError, match="such as 'group_l2'") as error:
+    with pytest.raises(UserError, match="Try 'group_l2'") as error:
         prune(model, data, ratio=0.25, cost="units", progress=False)
     assert len(str(error.value)) <= 300
     assert prune(model, data, "group_l2", 0.25, "units", progress=False).plan.cuts

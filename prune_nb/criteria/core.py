@@ -444,7 +444,7 @@ def _check_found(scores: Scores):
     why = grouped_reasons(scores.skipped)
     advice = ""
     if collector_of(scores.method).ranks == "layers":
-        advice = " Methods that cut channels, such as 'group_l2', take more kinds of layers."
+        advice = " Try 'group_l2', which cuts channels."
     raise UserError(
         f"No layer is left to prune with {scores.method!r}: "
         f"{why or 'the network has no parameters'}.{advice}"

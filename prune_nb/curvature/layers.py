@@ -58,8 +58,7 @@ def choose_layers(
     if not valid:
         raise UserError(
             "The model has no layer that gets K-FAC factors. "
-            "These do: nn.Linear, nn.Conv1d and nn.Conv2d. Methods that cut channels, such as 'group_l2', "
-            "take more kinds of layers."
+            "These do: nn.Linear, nn.Conv1d and nn.Conv2d. Try 'group_l2', which cuts channels."
         )
     if layers is None:
         return valid, reasons
