@@ -9,7 +9,7 @@ __all__ = ['RULE_FAMILIES', 'KINDS', 'note_widths', 'apply_module_rule', 'note_n
 # %% ../../nbs/lib/04_tracing/10_forward.ipynb #c453e7cc
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -166,25 +166,23 @@ def _run_in_training(tracer: Tracer, twin: nn.Module, inputs: object) -> object:
 
 
 def watch(
+    tracer: Tracer,  # a new one
     model: nn.Module,
     inputs: object,  # a tensor, a tuple of positional or a dict of keyword arguments
     kind: str,  # of tensors, one of `KINDS`
-    heads: str = "whole",
-    label_leaf: Callable | None = None,  # labels of parameters; `model` may then be on meta already
-    scalars: Iterable = (),  # values that the network's code reads, for tensors without any
-) -> tuple[Tracer, object]:
-    """Return the tracer of a forward pass in evaluation mode, and the outputs.
+    is_copy: bool = False,  # whether `model` is a copy, on tensors of this kind
+) -> object:
+    """Run a network under a tracer in evaluation mode, and return the outputs.
 
     Where parameters were not read, as those of auxiliary heads, a pass in training mode follows.
     """
     mode = contextlib.nullcontext()
     if kind == "fake":
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-    is_copy = kind == "meta" and label_leaf is not None
     twin = model if is_copy else copy_for_tracing(model, kind, mode)
     for m in twin.modules():
         m.training = False  # not eval(), which exported programs refuse
-    tracer = Tracer(_named_tensors(twin), heads, label_leaf, scalars)
+    tracer.named = _named_tensors(twin)
     hooks = module_hooks(tracer, _named_modules(twin))
     convert = dict(meta=_on_meta, real=torch.clone).get(kind) or mode.from_tensor
     inputs = map_tensors(convert, inputs)
@@ -197,7 +195,7 @@ def watch(
     finally:
         set_rng_state(rng)
         _forget_labels(model)
-    return tracer, out
+    return out
 
 
 def _advice(inputs: object) -> str:
@@ -229,8 +227,9 @@ def _watch_again(
     model: nn.Module, inputs: object, heads: str, tracer: Tracer, out: object
 ) -> tuple[Tracer, object, str]:
     """Return a pass on tensors without values that reads what the given one read, where it can."""
+    again = Tracer(heads, tracer.read)
     try:
-        return *watch(model, inputs, "meta", heads, scalars=tracer.read), "meta"
+        return again, watch(again, model, inputs, "meta"), "meta"
     except Exception:
         return tracer, out, "real"
 
@@ -253,8 +252,9 @@ def watch_quickest(
         )
     inputs = to_device(inputs, device_of(model))
     for kind in KINDS:
+        tracer = Tracer(heads)
         try:
-            tracer, out = watch(model, inputs, kind, heads)
+            out = watch(tracer, model, inputs, kind)
             if kind == "real" and tracer.read:
                 return _watch_again(model, inputs, heads, tracer, out)
             return tracer, out, kind

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RULES', 'POINTWISE', 'SIZE_ARGUMENTS', 'LAYOUT_OPERATIONS', 'SAME_SHAPE', 'AXIS_LABELS', 'WHOLE_TENSOR',
            'NORMALIZERS', 'READ_VALUE', 'WIDTHS', 'rule', 'operand_tensors', 'no_rule', 'find_rule', 'is_pointwise',
-           'Operation', 'LoggedOperation', 'describe_operation', 'shortcut', 'Tracer', 'is_shape', 'note_count',
-           'note_width', 'note_shape', 'channel_labels', 'mix_dimensions', 'for_each_result', 'for_first_result',
-           'trace_function', 'label_table']
+           'Operation', 'LoggedOperation', 'describe_operation', 'is_layout', 'log_operation', 'shortcut', 'Tracer',
+           'is_shape', 'note_count', 'note_width', 'note_shape', 'channel_labels', 'mix_dimensions', 'for_each_result',
+           'for_first_result', 'trace_function', 'label_table']
 
 # %% ../../nbs/lib/04_tracing/02_tracer.ipynb #a69984a8
 import functools
@@ -105,7 +105,9 @@ class LoggedOperation(NamedTuple):
 
     name: str
     numbers: list  # that it was given, without sizes
+    operands: list[torch.Tensor]
     results: list[torch.Tensor]
+    is_layout: bool  # whether it only lays out memory, or views it otherwise
 
 
 @functools.cache
@@ -116,10 +118,25 @@ def describe_operation(func: Callable) -> Operation:
     return Operation(namespace, name, defaults)
 
 
+def is_layout(func: Callable) -> bool:
+    """Return whether an ATen operation only lays out memory, or views it otherwise."""
+    return func.is_view or describe_operation(func).name in LAYOUT_OPERATIONS
+
+
 def _plain_numbers(given: dict) -> list:
     """Return the numbers among arguments that are not sizes, rounded to compare them."""
     found = [v for n, v in given.items() if type(v) in (int, float) and n not in SIZE_ARGUMENTS]
     return [round(v, 12) if type(v) is float else v for v in found]
+
+
+def log_operation(func: Callable, given: dict, out: object) -> LoggedOperation:
+    """Return the record of an operation, that of a small constant for one in the network's code."""
+    name = describe_operation(func).name
+    if name.startswith("lift_fresh") and type(out) is torch.Tensor and not out.is_meta:
+        if out.numel() < 9:
+            return LoggedOperation("a constant", out.tolist(), [], [], False)
+    operands, results = operand_tensors(list(given.values())), operand_tensors(out)
+    return LoggedOperation(name, _plain_numbers(given), operands, results, is_layout(func))
 
 # %% ../../nbs/lib/04_tracing/02_tracer.ipynb #8f4de4a8
 SAME_SHAPE = frozenset(
@@ -135,6 +152,15 @@ def _are_alike(x: torch.Tensor, tensors: list[torch.Tensor]) -> bool:
     return all(t.shape == x.shape and t.dtype == x.dtype and t.is_meta for t in tensors)
 
 
+def _matrix_product(tensors: list[torch.Tensor]) -> torch.Tensor | None:
+    """Return the result of `mm(x, w)` or `addmm(bias, x, w)`, `None` where they do not fit."""
+    *bias, x, w = tensors
+    fits = x.dim() == w.dim() == 2 and x.shape[1] == w.shape[0]
+    fits = fits and all(b.shape == w.shape[1:] for b in bias)
+    alike = all(t.is_meta and t.dtype == w.dtype for t in tensors)
+    return x.new_empty(x.shape[0], w.shape[1]) if fits and alike else None
+
+
 def shortcut(func: Callable, args: tuple) -> torch.Tensor | tuple | None:
     """Return the result of a common operation on tensors without values, `None` for any other."""
     x = args[0] if args else None
@@ -143,6 +169,8 @@ def shortcut(func: Callable, args: tuple) -> torch.Tensor | tuple | None:
     name = describe_operation(func).name
     if name == "native_batch_norm" and not args[5]:
         return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
+    if name in ("mm", "addmm"):
+        return _matrix_product(operand_tensors(args))
     common = name.rstrip("_") in SAME_SHAPE and x.is_floating_point()
     if common and _are_alike(x, operand_tensors(args)):
         return x if name.endswith("_") else torch.empty_like(x)
@@ -162,15 +190,13 @@ class Tracer(TorchDispatchMode):
 
     def __init__(
         self,
-        named: dict,  # id of a parameter or buffer -> (name, whether it is silenced with its labels)
         heads: str = "whole",  # remove `whole` heads of attention, or the same `features` of all
-        label_leaf: Callable | None = None,  # in place of `Tracer.new_leaf`
         scalars: Iterable = (),  # what reads of single values give, in order, on tensors without any
     ):
         super().__init__()
         self.given, self.read = list(scalars), []  # values that the network's code reads
-        self.labels, self.named, self.heads = Labels(), named, heads
-        self.label_leaf = label_leaf or Tracer.new_leaf
+        self.labels, self.heads = Labels(), heads
+        self.named = {}  # id of a parameter or buffer -> (name, whether silenced with its labels)
         self.leaves = {}  # name of a parameter, buffer or size -> {dimension: labels}
         self.log = []  # of `LoggedOperation`
         self.modules = []  # (name, module) of those that run, the innermost last
@@ -185,7 +211,7 @@ class Tracer(TorchDispatchMode):
         found = getattr(t, AXIS_LABELS, None)
         if found is None and id(t) in self.named:
             name, silenced = self.named[id(t)]
-            found = self.label_leaf(self, name, silenced, t)
+            found = self.new_leaf(name, silenced, t)
             setattr(t, AXIS_LABELS, found)
         return [] if found is None else found
 
@@ -240,42 +266,36 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = self.read_value(args) if func is READ_VALUE else shortcut(func, args)
-        if out is None:
-            out = func(*args, **kwargs)
+        out = self.run(func, args, kwargs)
         if func is READ_VALUE:
             self.read.append(out)
-        if not self.paused:
-            self.step(func, args, kwargs, out)
-        return out
+        operation = describe_operation(func)
+        if self.paused or operation.namespace == "prim":
+            return out
+        return self.step(func, dict(zip(operation.defaults, args)) | kwargs, out)
+
+    def run(self, func: Callable, args: tuple, kwargs: dict) -> object:
+        """Return the result of an operation."""
+        out = self.read_value(args) if func is READ_VALUE else shortcut(func, args)
+        return func(*args, **kwargs) if out is None else out
 
     def read_value(self, args: tuple) -> object:
         """Return what is to be read from a tensor without a value, `None` where it has one."""
         position = len(self.read)
         return self.given[position] if args[0].is_meta and position < len(self.given) else None
 
-    def step(self, func: Callable, args: tuple, kwargs: dict, out: object):
-        """Log one operation, and apply its rule where an operand has labels."""
-        operation = describe_operation(func)
-        if operation.namespace == "prim":
-            return
-        given = dict(zip(operation.defaults, args)) | kwargs
-        self._log(func, operation.name, given, out)
-        operands = operand_tensors(args) + operand_tensors(list(kwargs.values()))
+    def step(self, func: Callable, given: dict, out: object) -> object:
+        """Log one operation, and apply its rule where an operand has labels; return its result."""
+        self.log.append(log_operation(func, given, out))
+        operation, operands = describe_operation(func), operand_tensors(list(given.values()))
         if any(self.axis_labels(t) for t in operands):
-            self._apply_rule(find_rule(func, operation.name), operation, given, out)
+            rule = find_rule(func, operation.name)
+            found = rule(self, out, name=operation.name, **(operation.defaults | given))
+            self.attach(out, found)
+        return out
 
-    def _log(self, func: Callable, name: str, given: dict, out: object):
-        """Log an operation that computes, and small constants of the network's code."""
-        if name.startswith("lift_fresh") and type(out) is torch.Tensor and not out.is_meta:
-            if out.numel() < 9:
-                self.log.append(LoggedOperation("a constant", out.tolist(), []))
-        if not func.is_view and name not in LAYOUT_OPERATIONS:
-            self.log.append(LoggedOperation(name, _plain_numbers(given), operand_tensors(out)))
-
-    def _apply_rule(self, rule: Callable, operation: Operation, given: dict, out: object):
-        """Attach to the results the labels that a rule returns for them."""
-        found = rule(self, out, name=operation.name, **(operation.defaults | given))
+    def attach(self, out: object, found: list | None):
+        """Attach labels to the result of an operation, or to each of its results."""
         if isinstance(out, torch.Tensor):
             self.set_axis_labels(out, found)
         elif isinstance(out, (tuple, list)):
@@ -378,7 +398,8 @@ def trace_function(
     function: Callable, heads: str = "whole", **tensors: torch.Tensor
 ) -> tuple[Tracer, object]:
     """Trace `function(*tensors)`, each tensor a parameter; return the tracer and the result."""
-    tracer = Tracer({id(t): (name, True) for name, t in tensors.items()}, heads)
+    tracer = Tracer(heads)
+    tracer.named = {id(t): (name, True) for name, t in tensors.items()}
     with torch.no_grad(), tracer:
         out = function(*tensors.values())
     return tracer, out
