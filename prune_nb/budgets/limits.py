@@ -6,6 +6,7 @@
 __all__ = ['CAP', 'check_patterns', 'match_patterns', 'Limits', 'limiting_words']
 
 # %% ../../nbs/lib/08_budgets/02_limits.ipynb #b2787c5b
+import math
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -62,7 +63,7 @@ class Limits:
     cap: float = 0.95  # largest share of a layer's rows, and columns, or of a group's units
     caps: dict = field(default_factory=dict)  # pattern of names -> such a share, also for ranks
     floors: dict = field(default_factory=dict)  # pattern of names -> how many are kept at least
-    round_to: int = 1  # what is kept is a multiple of this, or all is kept
+    round_to: int = 1  # as many channels or ranks as are kept are a multiple of this, or all are
     ignore: tuple = ()  # patterns of layers and groups that are kept unchanged
 
     def __post_init__(self):
@@ -89,7 +90,8 @@ class Limits:
         floors = match_patterns("floors", self.floors, space.names, 1)
         limits = {}
         for k in space.names:
-            limits[k] = (0.0 if ignored[k] else caps[k], floors[k], self.round_to)
+            multiple = self.round_to // math.gcd(self.round_to, space.width(k))
+            limits[k] = (0.0 if ignored[k] else caps[k], floors[k], multiple)
         return limits
 
 # %% ../../nbs/lib/08_budgets/02_limits.ipynb #9ed3b86c

@@ -67,6 +67,10 @@ class SearchSpace(Protocol):
         """Return the space within limits: group or layer -> (cap, floor, round_to)."""
         ...
 
+    def width(self, part: str) -> int:
+        """Return how many channels one unit of a group is, 1 for a direction of a layer."""
+        return 1
+
     def total(self, cost: Cost) -> float:
         """Return the cost of the whole network."""
         ...
@@ -158,6 +162,10 @@ class ChannelSpace(UnitSpace):
         self.predicts_loss = scores.settings.get("measures") == "loss"
         self.rank([g.saliency.double().numpy() for g in scores.groups.values()])
         self.counters = {}
+
+    def width(self, part: str) -> int:
+        """Return how many channels one unit of a group is."""
+        return self.scores.groups[part].group.width
 
     def total(self, cost: Cost) -> float:
         """Return the cost of the whole network."""

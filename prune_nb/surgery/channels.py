@@ -33,6 +33,15 @@ class Group:
     units: int
     members: dict  # name of a parameter, buffer or size -> {dimension: positions, units x n}
 
+    @property
+    def width(self) -> int:
+        """The fewest indices that one unit has in a dimension: 1 for channels, more for heads."""
+        found = []
+        for name, dims in self.members.items():
+            if ":" not in name:  # else a size that a module holds
+                found += [positions.shape[1] for positions in dims.values()]
+        return min(found, default=1)
+
     def removed_positions(self, units: list[int]) -> dict:
         """Return what is removed with some units: name -> {dimension: positions}."""
         found = {}
