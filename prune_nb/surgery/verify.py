@@ -274,6 +274,13 @@ def careful_difference(
     return largest_difference(ours, theirs) if replay.are_as_good else math.inf
 
 # %% ../../nbs/lib/05_surgery/11_verify.ipynb #double02
+def _largest_value(leaf: object) -> float:
+    """Return the largest value of a tensor of real or complex numbers, 0 for anything else."""
+    if not isinstance(leaf, torch.Tensor) or not leaf.numel():
+        return 0.0
+    return float(leaf.abs().max()) if leaf.is_floating_point() or leaf.is_complex() else 0.0
+
+
 def _in_double(model: nn.Module) -> nn.Module:
     return copy_with(
         model, lambda n, t: t.detach().double() if t.is_floating_point() else t.clone()
@@ -292,15 +299,14 @@ def double_difference(small: nn.Module, masked: nn.Module, inputs: object) -> fl
         ours, theirs = (run(m, to_device(own, device_of(m))) for m in pair)
     except (RuntimeError, TypeError, ValueError):
         return math.inf
-    largest = [float(t.abs().max()) for t in _float_tensors(theirs)]
-    floor = 1e-6 * max(largest, default=0.0)
+    sizes = [_largest_value(t) for t in theirs]
+    floor = 1e-6 * max(sizes, default=0.0)
     worst = 0.0
     if len(ours) != len(theirs):
         return math.inf
-    for a, b in zip(ours, theirs):
+    for a, b, size in zip(ours, theirs, sizes):
         difference = leaf_difference(a, b)
-        is_tiny = isinstance(b, torch.Tensor) and b.is_floating_point() and b.numel()
-        if math.isfinite(difference) and is_tiny and (size := float(b.abs().max())) < floor:
+        if math.isfinite(difference) and 0 < size < floor:
             difference *= size / floor
         worst = max(worst, difference)
     return worst
