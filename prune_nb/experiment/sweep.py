@@ -18,7 +18,7 @@ from ..criteria.core import METHODS
 from .baseline import is_finished
 from .params import PruneParams, param, uses_fisher
 from .pruning import Experiment
-from ..runs import Run, discard_on_error, read_params, read_result
+from ..runs import SINCE_0_2, Run, discard_on_error, read_params, read_result
 
 # %% ../../nbs/lib/11_experiment/06_sweep.ipynb #b7cb839f
 NUMBER_WORDS = dict(int="whole numbers", float="numbers")
@@ -153,6 +153,7 @@ def result_row(p: PruneParams, result: dict) -> dict:
         row[f"{stage} accuracy"] = result[stage]["accuracy"]
     for stage in ("baseline", "pruned"):
         row[f"{stage} latency_ms"] = result[stage]["latency_ms"]
+    row |= {key: result.get(key) for key in SINCE_0_2}
     for key in ("predicted_loss_change", "measured_loss_change", "id"):
         row[key] = result[key]
     return row
