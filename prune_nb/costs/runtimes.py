@@ -293,6 +293,8 @@ class OnnxRuntime(FileRuntime):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors alone
+        # a thread that spins while it waits takes time from the network whose turn it is
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         where = ["CPUExecutionProvider"]
         session = onnxruntime.InferenceSession(str(path), options, providers=where)
         convert = _feeds(names, {i.name for i in session.get_inputs()})
