@@ -265,6 +265,19 @@ class Rerun(Tracer):
                 return found[0] if isinstance(out, torch.Tensor) else found
         return super().step(func, given, out)
 
+    def fits(self, t: torch.Tensor, shape: tuple, r: torch.Tensor, is_layout: bool) -> bool:
+        """Return whether `r` has the `shape` that `t` of the whole network should have.
+
+        Of a view only the dimensions with labels count: others may be sizes of other tensors.
+        """
+        labels = getattr(t, AXIS_LABELS, None)
+        if labels is None or shape == tuple(r.shape):
+            return True
+        if not is_layout:
+            return False
+        dims = {d for f in labels for d in f.dims}
+        return r.dim() == t.dim() and all(shape[d] == r.shape[d] for d in dims)
+
     def agrees(self, logged: LoggedOperation | None, mine: LoggedOperation) -> bool:
         """Return whether an operation gives results of the expected shapes, and note what differs."""
         if logged is None and mine.is_layout:  # a cut may change which of them run
@@ -282,9 +295,8 @@ class Rerun(Tracer):
             if logged.name != mine.name:
                 raise OtherPath
         for t, r in zip(logged.results, mine.results):
-            shape, labels = self.expected.shape(t), getattr(t, AXIS_LABELS, None)
-            is_known = bool(labels) if mine.is_layout else labels is not None
-            if is_known and shape != tuple(r.shape):
+            shape = self.expected.shape(t)
+            if not self.fits(t, shape, r, mine.is_layout):
                 self.note(
                     logged,
                     f"the network's code has hard-coded sizes: after {logged.name} a tensor "
