@@ -415,7 +415,8 @@ def allocate(
     loss: float = None,  # instead: all is removed that can be for so many nats
     caps: dict = None,  # pattern of names -> largest share that can be removed
     floors: dict = None,  # pattern of names -> how many units or ranks are kept at least
-    round_to: int = 1,  # what is kept of a layer or group that changes is a multiple of this
+    round_to: int
+    | tuple = 1,  # what is kept of a layer or group that changes is a multiple of this
     ignore: str | tuple = (),  # patterns of the layers and groups that are kept unchanged
     table: Any = None,  # what was measured, for latency: of `prune_nb.costs.latency`
 ) -> Plan:
@@ -423,9 +424,17 @@ def allocate(
 
     Parameters, multiply-accumulates and milliseconds are met within 1 % of the network's total;
     something of every layer and group is kept; a layer whose cheapest form is no smaller is
-    unchanged. Of patterns that fit the same name the last counts. Raise a `UserError` with the
-    reachable range where the budget cannot be met.
+    unchanged. Of patterns that fit the same name the last counts, and of several multiples the first
+    with which the budget can be met. Raise a `UserError` with the reachable range where it cannot.
     """
-    limits = dict(cap=cap, caps=caps or {}, floors=floors or {}, round_to=round_to, ignore=ignore)
-    budget = Budget(scores, strategy, table, **limits)
+    limits = dict(cap=cap, caps=caps or {}, floors=floors or {}, ignore=ignore)
+    *multiples, last = round_to if isinstance(round_to, tuple) else (round_to,)
+    budget = Budget(scores, strategy, table, round_to=last, **limits)
+    for multiple in multiples:
+        try:
+            return budget.within(round_to=multiple, **limits).plan(
+                ratio, cost, ratios, threshold, loss
+            )
+        except UserError:  # the last one is raised
+            continue
     return budget.plan(ratio, cost, ratios, threshold, loss)

@@ -7,7 +7,7 @@ __all__ = ['CONVS', 'POINTS', 'SEVERAL_TAPS', 'ONE_TAP', 'SCAN', 'TOLERATED', 'L
            'write_layer_onnx', 'RuntimeTimes', 'measure_in', 'measured_widths', 'make_monotone', 'device_name',
            'MeasuredTimes', 'TimeGrids', 'FormPart', 'LayerWidths', 'LayerTimes', 'Latency', 'CallSize', 'layer_calls',
            'Prunable', 'Measurement', 'latency_table', 'latency_report', 'width_scan', 'preferred_multiple',
-           'multiple_for']
+           'multiple_for', 'falling_multiples']
 
 # %% ../../nbs/lib/06_costs/03_latency.ipynb #3fb9d777
 import copy
@@ -730,3 +730,8 @@ def multiple_for(
 ) -> int:
     """Return the multiple that widths should be of in a runtime, measured once."""
     return preferred_multiple(width_scan(runtime, device, dtype, folder))
+
+
+def falling_multiples(most: int) -> tuple[int, ...]:
+    """Return a multiple and its halves down to 1: what to try where widths are too few for it."""
+    return tuple(m for m in sorted(SCAN, reverse=True) if m <= most)

@@ -10,9 +10,9 @@ __all__ = ['TYPE_WORDS', 'RARE', 'PLAIN', 'CIFAR', 'TUNING', 'RECIPES', 'LATER',
            'parameter_lines', 'parameters_cell', 'injected_names', 'plain_variables', 'history_of', 'explicit_values',
            'check_values', 'given', 'torch_device', 'SkipDrawing', 'check_model', 'weights_digest', 'criteria_digest',
            'PathParams', 'is_run_name', 'PretrainParams', 'run_id', 'BudgetParams', 'NetworkParams', 'ScheduleParams',
-           'TrainingParams', 'ServingParams', 'RunParams', 'numbers', 'check_directions', 'check_refit', 'check_pairs',
-           'uses_fisher', 'check_needs', 'changed_values', 'check_unused', 'complete_rounds', 'complete_prune_epochs',
-           'complete_schedule', 'pretraining_params', 'PruneParams']
+           'TrainingParams', 'ServingParams', 'RunParams', 'numbers', 'check_directions', 'complete_surgery',
+           'check_refit', 'check_pairs', 'uses_fisher', 'check_needs', 'changed_values', 'check_unused',
+           'complete_rounds', 'complete_prune_epochs', 'complete_schedule', 'pretraining_params', 'PruneParams']
 
 # %% ../../nbs/lib/11_experiment/03_params.ipynb #5a85db4b
 import ast
@@ -327,7 +327,7 @@ def criteria_digest(
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 # %% ../../nbs/lib/11_experiment/03_params.ipynb #1cdad28f
-LATER = dict(round_to="1", runtime="eager", deploy="", int8=False)  # defaults that name no run
+LATER = dict(round_to="1", runtime="eager", deploy="", int8=False)  # as in 0.1: they name no run
 
 
 class PathParams:
@@ -460,7 +460,7 @@ class BudgetParams(PathParams):
         "eigendamage", "criterion; an unknown name lists all of them", METHODS, method_ids
     )
     ratio: float = param(
-        0.75, "fraction to remove, in [0, 1)", share("the fraction that is removed")
+        0.85, "fraction to remove, in [0, 1)", share("the fraction that is removed")
     )
     of: str = param("params", f"what the ratio is of: {' | '.join(COSTS)}", COSTS)
     cap: float = param(
@@ -468,7 +468,7 @@ class BudgetParams(PathParams):
     )
     how: str = param(None, f"{' | '.join(STRATEGIES)}; None: by the method", STRATEGIES, rare=True)
     round_to: str = param(
-        "1", "widths that change are multiples of this; auto: of what the runtime wants", MULTIPLE
+        "auto", "widths that change are multiples of this; auto: what the runtime wants", MULTIPLE
     )
     threshold: float = param(
         None,
@@ -502,7 +502,7 @@ class NetworkParams(PathParams):
     title = "Which network"
 
     dataset: str = param("digits", DATASET_HELP)
-    model: str = param("resnet20", MODEL_HELP)
+    model: str = param("resnet8x2", MODEL_HELP)
     checkpoint: str = param(
         "", "weights: run folder, .safetensors, .pth; empty: shipped or trained"
     )
@@ -613,7 +613,9 @@ class TrainingParams(PathParams):
     ema: float = param(
         0.0, "decay of an average of the weights, which is kept; 0 for none", share(), rare=True
     )
-    refit: bool = param(False, "whether layers are solved in closed form before training")
+    refit: bool = param(
+        None, "solve layers in closed form before training; None: where it can be done"
+    )
     start: str = param(
         "finetune", f"weights after the last surgery: {' | '.join(STARTS)}", STARTS, rare=True
     )
@@ -629,7 +631,7 @@ class ServingParams(PathParams):
     title = "Where it is served"
 
     runtime: str = param(
-        None, "eager, folded, compile, export, onnxruntime, ...; None: deploy's or eager", RUNTIMES
+        None, "eager, folded, compile, export, onnxruntime, ...; None: deploy's or folded", RUNTIMES
     )
     deploy: str = param(
         "", f"runtime whose file is written: {' | '.join(DEPLOYABLE[1:])}", DEPLOYABLE
@@ -638,7 +640,7 @@ class ServingParams(PathParams):
 
     def complete_serving(self):
         """Set the runtime. Raise a `UserError` for one that is missing or does not fit."""
-        self.runtime = self.runtime or self.deploy or "eager"
+        self.runtime = self.runtime or self.deploy or "folded"
         find_runtime(self.runtime).check(torch_device(self.device))
         if self.deploy:
             find_runtime(self.deploy).check(torch.device("cpu"))
@@ -697,6 +699,17 @@ def check_directions(p: "PruneParams"):
             "directions of layers, which are factorised. Take one_shot or iterative, or a method "
             "that ranks channels."
         )
+
+
+def complete_surgery(p: "PruneParams"):
+    """Set what surgery does by default: layers are solved where training starts from what it left.
+
+    Schedules that mask single units while training have no use for multiples of them.
+    """
+    if p.refit is None:
+        p.refit = p.schedule not in WHILE_TRAINING and p.start == "finetune"
+    if p.schedule in WHILE_TRAINING and p.round_to == "auto":
+        p.round_to = "1"
 
 
 def check_refit(p: "PruneParams"):
@@ -857,6 +870,7 @@ class PruneParams(
         """Check the parameters, alone and together, and complete them."""
         super().validated().complete(RECIPES["prune"])
         self.complete_serving()
+        complete_surgery(self)
         check_directions(self)
         check_refit(self)
         check_unused(self)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LATENCY_BATCH', 'DEPLOYED', 'baseline_folder', 'check_checkpoint', 'check_images', 'check_samples', 'Experiment',
-           'round_note', 'compute_scores', 'scores_of', 'widths_multiple', 'planned', 'timed_images', 'measured_plan',
+           'round_note', 'compute_scores', 'scores_of', 'width_multiples', 'planned', 'timed_images', 'measured_plan',
            'train', 'log_round', 'round_goals', 'unit_count', 'ratio_of_rest', 'round_folder', 'scores_path',
            'after_round', 'Surgery', 'plan_of_round', 'surgery', 'regrowth', 'keep_round', 'is_kept', 'do_round',
            'prune_in_rounds', 'pruner_options', 'train_masked', 'prune_while_training', 'check_drawable',
@@ -30,7 +30,7 @@ from ..api import Result, apply_plan, report
 from ..budgets.allocation import allocate
 from ..core import UserError, derived_seed, write_atomic
 from ..costs.kinds import COSTS, Cost, find_cost
-from ..costs.latency import multiple_for
+from ..costs.latency import falling_multiples, multiple_for
 from ..costs.runtimes import efficiency, find_runtime, latency
 from ..criteria.core import Scores, load_scores, save_scores, score
 from ..criteria.oracle import layer_oracle, predicted_increase
@@ -222,11 +222,12 @@ def scores_of(experiment: Experiment, model: nn.Module, number: int) -> Scores:
     return load_scores(path)
 
 # %% ../../nbs/lib/11_experiment/05_pruning.ipynb #3e4c125b
-def widths_multiple(p: PruneParams) -> int:
-    """Return what the widths of the pruned network are multiples of."""
+def width_multiples(p: PruneParams) -> int | tuple:
+    """Return what the widths of the pruned network are multiples of, as `allocate` takes it."""
     if p.round_to != "auto":
         return int(p.round_to)
-    return multiple_for(p.runtime, str(torch_device(p.device)), folder=p.runs_folder())
+    device = str(torch_device(p.device))
+    return falling_multiples(multiple_for(p.runtime, device, folder=p.runs_folder()))
 
 
 def planned(
@@ -237,7 +238,7 @@ def planned(
     table: Any = None,  # what was measured, for costs that need it
 ) -> Plan:
     """Return the plan that the parameters describe, or one of another budget."""
-    limits = dict(cap=p.cap, strategy=p.how, round_to=widths_multiple(p))
+    limits = dict(cap=p.cap, strategy=p.how, round_to=width_multiples(p))
     if p.threshold is not None:
         return allocate(scores, threshold=p.threshold, **limits)
     ratio = p.ratio if ratio is None else ratio
