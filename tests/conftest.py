@@ -83,13 +83,17 @@ def read_json(path):
 def command(folder, notebook="prune", **parameters) -> list:
     """Return papermill's command line.
 
-    The notebook is written into `folder`, runs into `folder/runs` unless said otherwise.
+    The notebook is written into `folder`, runs into `folder/runs` unless said otherwise. Writing a
+    file for another runtime takes seconds each time, so that of pruned networks is PyTorch as it is
+    unless said otherwise; `runtime=None` leaves it out.
     """
     line = [sys.executable, "-m", "papermill", f"nbs/{notebook}.ipynb", str(folder / "out.ipynb")]
     line.append("--no-progress-bar")
-    parameters = dict(runs_dir=folder / "runs") | parameters
+    usual = dict(runtime="eager") if notebook in ("prune", "sweep") else {}
+    parameters = dict(runs_dir=folder / "runs") | usual | parameters
     for name, value in parameters.items():
-        line += ["-p", name, str(value)]
+        if value is not None:
+            line += ["-p", name, str(value)]
     return line
 
 
@@ -140,7 +144,7 @@ def early_runs(request, pool, tmp_path_factory) -> dict:
         asked.update(item.fixturenames)
     shipped = ROOT / "runs/published/resnet20-cifar10"
     cifar = dict(dataset="cifar10", model="resnet20", epochs=1, train_size=1024, samples=256)
-    runs = dict(default_run=dict(method="eigendamage"))
+    runs = dict(default_run=dict(method="eigendamage", runtime=None))
     runs["baseline"] = dict(notebook="pretrain", model="lenet", epochs=4)
     if (ROOT / "data/cifar-10-batches-py").is_dir():
         runs = dict(cifar_run=cifar | dict(checkpoint=shipped)) | runs

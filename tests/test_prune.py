@@ -40,17 +40,17 @@ def test_default_command_keeps_its_promise(default_run):
 
 
 def test_run_folders_hold_what_the_contract_says(default_run):
-    kinds = {f.name.split("-")[0] for f in default_run.runs.iterdir()}
+    kinds = {f.name.split("-")[0] for f in default_run.runs.iterdir() if f.is_dir()}
     assert kinds == {"eigendamage", "pretrain"}
     trained = {"params.json", "metrics.jsonl", "model.safetensors", "result.json"}
     assert file_names(default_run.run("pretrain")) == trained
-    pruned = {"plan.json", "scores.safetensors", "notebook.ipynb"}
+    pruned = {"plan.json", "plan.safetensors", "scores.safetensors", "notebook.ipynb"}
     assert file_names(default_run.run("eigendamage")) == trained | pruned
 
 
 RESULT = """
 id method model dataset ratio of seed baseline pruned finetuned predicted_loss_change
-measured_loss_change seconds device
+measured_loss_change seconds device runtime efficiency
 """
 
 
@@ -62,8 +62,8 @@ def test_result_has_the_keys_of_the_contract(default_run):
         assert all(math.isfinite(v) and v > 0 for v in result[s].values())
     assert result["id"] == default_run.run("eigendamage").name
     assert result["predicted_loss_change"] > 0
-    asked = dict(method="eigendamage", model="resnet20", dataset="digits")
-    asked |= dict(ratio=0.75, of="params", seed=0)
+    asked = dict(method="eigendamage", model="resnet8x2", dataset="digits")
+    asked |= dict(ratio=0.85, of="params", seed=0, runtime="onnxruntime")
     assert {key: result[key] for key in asked} == asked
     params = read_json(default_run.run("eigendamage") / "params.json")
     assert params["params"]["seed"] == 0
@@ -93,7 +93,7 @@ def test_surgery_is_exact(default_run):
     reported = reported_differences(default_run.outputs)
     assert len(reported) == 1 and 0 < reported[0] <= 1e-5
     folder = default_run.run("eigendamage")
-    dense = load_weights(create_model("resnet20", 10, 1, 8), default_run.run("pretrain"))
+    dense = load_weights(create_model("resnet8x2", 10, 1, 8), default_run.run("pretrain"))
     plan = load_plan(folder / "plan.json", load_scores(folder / "scores.safetensors").bases)
     small, images = plan.apply(dense), next(iter(load_data("digits", batch_size=360).test))[0]
     assert sum(p.numel() for p in small.parameters()) == default_run.result()["pruned"]["params"]
@@ -108,7 +108,7 @@ from prune_nb.models import create_model
 from prune_nb.surgery.export import load
 
 torch.set_num_threads(1)
-model = load(sys.argv[1], lambda: create_model("resnet20", 10, 1, 8)).eval()
+model = load(sys.argv[1], lambda: create_model("resnet8x2", 10, 1, 8)).eval()
 with torch.no_grad():
     found = [(model(x), y) for x, y in load_data("digits", batch_size=64).test]
 outputs, targets = (torch.cat(t) for t in zip(*found))
@@ -140,7 +140,7 @@ def test_executed_notebook_shows_everything(default_run):
     assert code_outputs(kept)[:-1] == code_outputs(executed)[:-1]
     assert sum(PLOTLY in o.get("data", {}) for o in default_run.outputs) == 4
     text = "\n".join(o.get("data", {}).get("text/plain", "") for o in default_run.outputs)
-    for progress in ("pretrain resnet20 · 40/40", "finetune · 30/30"):
+    for progress in ("pretrain resnet8x2 · 40/40", "finetune · 30/30"):
         assert progress in text
     for word in (*STAGES, "accuracy", "latency_ms"):
         assert word in text

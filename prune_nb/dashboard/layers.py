@@ -1088,10 +1088,12 @@ class Layers(BudgetPanel):
     @property
     def papermill(self) -> str:
         """Return the command that runs the same as an experiment."""
-        missing = [k for k in self.limits() if k != "cap"]
+        limits = self.limits()
+        missing = [k for k in limits if k not in ("cap", "round_to")]
         missing += ["strategy"] * (self.given_strategy() is not None)
         missing += [k for k in self.asked_budget(0.5) if k == "ratios"]
         parameters = dict(self.source or dict(dataset="...", model="..."))
         parameters["method"] = self.scores.method
         parameters |= dict(ratio=self.value("ratio"), of=self.value("cost"))
+        parameters |= dict(round_to=limits.get("round_to", 1), refit=False)  # as the view shows it
         return papermill_line(parameters, missing)

@@ -10,9 +10,10 @@ __all__ = ['TYPE_WORDS', 'RARE', 'PLAIN', 'CIFAR', 'TUNING', 'RECIPES', 'LATER',
            'parameter_lines', 'parameters_cell', 'injected_names', 'plain_variables', 'history_of', 'explicit_values',
            'check_values', 'given', 'torch_device', 'SkipDrawing', 'check_model', 'weights_digest', 'criteria_digest',
            'PathParams', 'is_run_name', 'PretrainParams', 'run_id', 'BudgetParams', 'NetworkParams', 'ScheduleParams',
-           'TrainingParams', 'ServingParams', 'RunParams', 'numbers', 'check_directions', 'complete_surgery',
-           'check_refit', 'check_pairs', 'uses_fisher', 'check_needs', 'changed_values', 'check_unused',
-           'complete_rounds', 'complete_prune_epochs', 'complete_schedule', 'pretraining_params', 'PruneParams']
+           'TrainingParams', 'default_runtime', 'ServingParams', 'RunParams', 'numbers', 'check_directions',
+           'complete_surgery', 'check_refit', 'check_pairs', 'uses_fisher', 'check_needs', 'changed_values',
+           'check_unused', 'complete_rounds', 'complete_prune_epochs', 'complete_schedule', 'pretraining_params',
+           'PruneParams']
 
 # %% ../../nbs/lib/11_experiment/03_params.ipynb #5a85db4b
 import ast
@@ -624,6 +625,15 @@ class TrainingParams(PathParams):
 DEPLOYABLE = ["", *(n for n, r in RUNTIMES.items() if isinstance(r, FileRuntime))]
 
 
+def default_runtime(device: torch.device) -> str:
+    """Return the fastest runtime that is installed and needs no compiler: onnxruntime or folded."""
+    try:
+        find_runtime("onnxruntime").check(device)
+    except UserError:
+        return "folded"
+    return "onnxruntime"
+
+
 @dataclass
 class ServingParams(PathParams):
     """Hold where the pruned network will be served."""
@@ -631,7 +641,9 @@ class ServingParams(PathParams):
     title = "Where it is served"
 
     runtime: str = param(
-        None, "eager, folded, compile, export, onnxruntime, ...; None: deploy's or folded", RUNTIMES
+        None,
+        "eager, folded, compile, ...; None: deploy's, or onnxruntime, or folded",
+        RUNTIMES,
     )
     deploy: str = param(
         "", f"runtime whose file is written: {' | '.join(DEPLOYABLE[1:])}", DEPLOYABLE
@@ -640,8 +652,9 @@ class ServingParams(PathParams):
 
     def complete_serving(self):
         """Set the runtime. Raise a `UserError` for one that is missing or does not fit."""
-        self.runtime = self.runtime or self.deploy or "folded"
-        find_runtime(self.runtime).check(torch_device(self.device))
+        device = torch_device(self.device)
+        self.runtime = self.runtime or self.deploy or default_runtime(device)
+        find_runtime(self.runtime).check(device)
         if self.deploy:
             find_runtime(self.deploy).check(torch.device("cpu"))
         if self.int8 and self.deploy != "onnxruntime":
