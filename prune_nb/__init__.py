@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['load_data', 'create_model', 'fit', 'evaluate', 'prune', 'Result', 'verify', 'save', 'load', 'export', 'trace',
            'Coupling', 'score', 'Scores', 'methods_table', 'allocate', 'Plan', 'apply_plan', 'refit', 'compensate',
-           'save_plan', 'load_plan', 'save_scores', 'load_scores', 'count_params', 'count_macs', 'latency_ms',
-           'latency_table', 'latency_report', 'register', 'UserError', 'VerificationError']
+           'save_plan', 'load_plan', 'save_scores', 'load_scores', 'count_params', 'count_macs', 'latency',
+           'latency_ms', 'speed_table', 'deploy', 'latency_table', 'latency_report', 'register', 'UserError',
+           'VerificationError']
 
 # %% ../nbs/lib/10_api/03_public.ipynb #fdd4f765
 from importlib import import_module as _import_module
@@ -41,7 +42,10 @@ _all_ = [
     "load_scores",
     "count_params",
     "count_macs",
+    "latency",
     "latency_ms",
+    "speed_table",
+    "deploy",
     "latency_table",
     "latency_report",
     "register",
@@ -77,7 +81,10 @@ _MODULES = {
     "load_scores": "criteria.core",
     "count_params": "profile",
     "count_macs": "profile",
+    "latency": "costs.runtimes",
     "latency_ms": "profile",
+    "speed_table": "costs.runtimes",
+    "deploy": "deployment",
     "latency_table": "costs.latency",
     "latency_report": "costs.latency",
     "register": "api",
@@ -106,9 +113,11 @@ if TYPE_CHECKING:
     from prune_nb.budgets.allocation import allocate
     from prune_nb.core import UserError
     from prune_nb.costs.latency import latency_report, latency_table
+    from prune_nb.costs.runtimes import latency, speed_table
     from prune_nb.criteria.core import Scores, load_scores, save_scores
     from prune_nb.criteria.methods import methods_table
     from prune_nb.data import load_data
+    from prune_nb.deployment import deploy
     from prune_nb.models import create_model
     from prune_nb.profile import count_macs, count_params, latency_ms
     from prune_nb.recovery.compensation import compensate

@@ -10,13 +10,13 @@ from conftest import guard
 from PIL import Image
 
 from prune_nb.core import UserError
+from prune_nb.costs.runtimes import latency
 from prune_nb.criteria.core import find_method
 from prune_nb.data import dataset_info
 from prune_nb.experiment import pruning
 from prune_nb.experiment.params import PruneParams
 from prune_nb.experiment.presets import PRESETS, from_preset
 from prune_nb.models import create_model
-from prune_nb.profile import latencies_ms
 
 UNIQUE = {n: p for n, p in PRESETS.items() if n == p.name}  # without aliases
 
@@ -116,10 +116,10 @@ def runs_dir(tmp_path_factory):
     "preset", sorted(KINDS.values(), key=lambda p: p.parameters["model"]), ids=lambda p: p.name
 )
 def test_runs_a_few_steps(preset, runs_dir, monkeypatch):
-    def one_reading(models, inputs):
-        return latencies_ms(models, inputs[:1], 0, 1)
+    def one_reading(model, inputs, runtime, reference):
+        return latency(model, inputs[:1], runtime, reference, 0, 1)
 
-    monkeypatch.setattr(pruning, "latencies_ms", one_reading)
+    monkeypatch.setattr(pruning, "latency", one_reading)
     quick = small(preset.parameters) | dict(preset=preset.name, runs_dir=str(runs_dir))
     experiment = pruning.Experiment(from_preset(PruneParams, preset.name, quick))
     experiment.baseline()

@@ -214,6 +214,8 @@ def from_preset(
     for key in preset.parameters:
         one_of(f"key of preset {name!r}", key, known)
     usual = {key: value for key, value in PUBLISHED.items() if key in known}
+    if {"round_ratios", "threshold"} & (preset.parameters | explicit).keys():
+        usual.pop("ratio", None)
     parameters = usual | preset.parameters
     if explicit.get("checkpoint"):
         parameters.pop("pretrain_epochs", None)
