@@ -11,7 +11,7 @@ from setuptools import find_packages, setup
 config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("export", "dashboard")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("export", "openvino", "dashboard")}
 dev = cfg["dev_requirements"].split()
 for requirements in extras.values():
     dev += requirements

@@ -25,7 +25,9 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from prune_nb.core import UserError
+from prune_nb.costs.runtimes import Timing
 from prune_nb.data import read_images
+from prune_nb.experiment import pruning
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | dict(OMP_NUM_THREADS="1")
@@ -84,12 +86,12 @@ def command(folder, notebook="prune", **parameters) -> list:
     """Return papermill's command line.
 
     The notebook is written into `folder`, runs into `folder/runs` unless said otherwise. Writing a
-    file for another runtime takes seconds each time, so that of pruned networks is PyTorch as it is
-    unless said otherwise; `runtime=None` leaves it out.
+    file for another runtime and looking for its widths takes seconds each time, so networks are
+    pruned to any width and timed as they are unless said otherwise; `None` leaves a parameter out.
     """
     line = [sys.executable, "-m", "papermill", f"nbs/{notebook}.ipynb", str(folder / "out.ipynb")]
     line.append("--no-progress-bar")
-    usual = dict(runtime="eager") if notebook in ("prune", "sweep") else {}
+    usual = dict(runtime="eager", round_to=1) if notebook in ("prune", "sweep") else {}
     parameters = dict(runs_dir=folder / "runs") | usual | parameters
     for name, value in parameters.items():
         if value is not None:
@@ -120,6 +122,17 @@ def guard(notebook="prune", **parameters):
     return namespace["params"]
 
 
+@pytest.fixture
+def no_timing(monkeypatch):
+    """Report a millisecond for every network of an experiment."""
+    reference = Timing("eager", "cpu", 1, 1.0, 1.0, 0)
+
+    def millisecond(model, inputs, runtime, dense):
+        return Timing("eager", "cpu", 1, 1.0, 1.0, 0, reference)
+
+    monkeypatch.setattr(pruning, "latency", millisecond)
+
+
 @pytest.fixture(scope="session")
 def pool():
     with ThreadPoolExecutor(2) as pool:
@@ -144,7 +157,7 @@ def early_runs(request, pool, tmp_path_factory) -> dict:
         asked.update(item.fixturenames)
     shipped = ROOT / "runs/published/resnet20-cifar10"
     cifar = dict(dataset="cifar10", model="resnet20", epochs=1, train_size=1024, samples=256)
-    runs = dict(default_run=dict(method="eigendamage", runtime=None))
+    runs = dict(default_run=dict(method="eigendamage", runtime=None, round_to=None))
     runs["baseline"] = dict(notebook="pretrain", model="lenet", epochs=4)
     if (ROOT / "data/cifar-10-batches-py").is_dir():
         runs = dict(cifar_run=cifar | dict(checkpoint=shipped)) | runs

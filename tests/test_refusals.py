@@ -170,7 +170,7 @@ def test_guard_lets_good_input_through():
 )
 def test_refused_later_leaves_no_run(baseline, tmp_path, parameters, sentence):
     quick = dict(model="lenet", checkpoint=str(baseline), samples=128)
-    quick |= dict(runs_dir=str(tmp_path / "runs"))
+    quick |= dict(runs_dir=str(tmp_path / "runs"), round_to="1")
     params = PruneParams(**quick | parameters).validated()
     with pytest.raises(UserError, match=sentence):
         experiment = Experiment(params)

@@ -34,6 +34,7 @@ from prune_nb.train import evaluate
 
 FORK = multiprocessing.get_context("fork")
 QUICK = dict(model="lenet", train_size=192, batch_size=32, samples=64, device="cpu")
+pytestmark = pytest.mark.usefixtures("no_timing")
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +45,9 @@ def trained(tmp_path_factory) -> Path:
     return pretrain(PretrainParams(**quick, runs_dir=str(folder)).validated())
 
 
-@pytest.fixture(autouse=True)
-def no_timing(monkeypatch):
-    monkeypatch.setattr(pruning, "latencies_ms", lambda models, *_: [1.0] * len(models))
-
-
 def parameters(folder, **more) -> PruneParams:
-    return PruneParams(**QUICK | dict(ratio=0.5, epochs=1, runs_dir=str(folder)) | more).validated()
+    same = QUICK | dict(ratio=0.5, epochs=1, runs_dir=str(folder), round_to="1", runtime="eager")
+    return PruneParams(**same | more).validated()
 
 
 def run_all(params: PruneParams) -> Experiment:

@@ -62,6 +62,8 @@ def in_use(baseline, pool, tmp_path_factory) -> tuple:
         checkpoint=str(baseline),
         epochs=1,
         samples=128,
+        round_to="1",
+        runtime="eager",
         runs_dir=str(folder / "runs"),
     )
     params = PruneParams(**parameters).validated()
@@ -127,7 +129,7 @@ def test_other_parameters_are_refused(baseline, tmp_path):
         return PruneParams(**same | changed).validated()
 
     open_run(tmp_path, "mine", params().identity()).close()
-    with pytest.raises(UserError, match="ratio was 0.75, is 0.5"):
+    with pytest.raises(UserError, match="ratio was 0.85, is 0.5"):
         Experiment(params(ratio=0.5, resume=True)).baseline()
     with pytest.raises(UserError, match="Choose another run_name, or go on with it by resume=True"):
         Experiment(params()).baseline()
@@ -166,7 +168,7 @@ def test_killed_at_any_write(baseline, tmp_path, monkeypatch):
             shutil.copy(temporary, leftover)
         raise Killed
 
-    same = dict(model="lenet", checkpoint=str(baseline), epochs=2, samples=128)
+    same = dict(model="lenet", checkpoint=str(baseline), epochs=2, samples=128, runtime="eager")
 
     def params(name, resume):
         folder = str(tmp_path / str(name))

@@ -9,6 +9,7 @@ from prune_nb.criteria.core import METHODS
 def test_all_methods_at_equal_macs(tmp_path):
     path = tmp_path / "table.csv"
     quick = dict(model="resnet20x0.5", train_size=512, pretrain_epochs=3, epochs=1, samples=128)
+    quick["refit"] = False
     done = execute(tmp_path, "sweep", methods="all", of="macs", ratio=0.4, table=path, **quick)
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(path).set_index("method")

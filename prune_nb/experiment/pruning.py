@@ -56,6 +56,7 @@ from prune_nb.runs import (
     log,
     open_run,
     read_metrics,
+    read_result,
     save_result,
     time_phase,
 )
@@ -173,10 +174,12 @@ class Experiment:
     def finish(self) -> dict:
         """Write `result.json`, and return what it holds."""
         with discard_on_error(self.run) as run:
-            if not run.finished:
+            if run.finished:
+                result = read_result(run.folder)
+            else:
                 deploy_network(self)
                 time_stages(self)
-            result = save_result(run, **outcome(self))
+                result = save_result(run, **outcome(self))
             self.stages = {stage: result[stage] for stage in STAGES}
             run.path("training.safetensors").unlink(missing_ok=True)
         run.close()
