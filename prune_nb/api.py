@@ -224,7 +224,8 @@ def prune(
     strategy: str | None = None,  # global | per_cost | uniform | multiplier; None: by method
     table: object = None,  # of `latency_table`; None: measured for one example where needed
     refit: bool = False,  # whether layers are solved in closed form for the dense outputs
-    round_to: int | str = 1,  # widths that change are multiples of this; "auto": of `runtime`'s
+    round_to: int | str | None = None,  # widths that change are multiples of this; "auto": of
+    # what `runtime` wants; None: 1, or "auto" where milliseconds are the cost
     runtime: str = "eager",  # where the copy will be served: of `prune_nb.costs.runtimes`
 ) -> Result:
     """Return a smaller copy of `model`, with the least salient parts removed.
@@ -240,6 +241,8 @@ def prune(
     method = find_method(method).name
     check_budget(ratio, cost, table)
     kind = find_cost(cost, table)
+    if round_to is None:
+        round_to = "auto" if kind.needs_table else 1
     check_round_to(round_to)
     find_runtime(runtime).check(device_of(model))
     check_data(data, method)
