@@ -9,6 +9,7 @@ __all__ = ['FROZEN_COLUMNS', 'TAPS', 'NEVER_RAN', 'PLAIN', 'Coupling', 'AlikeUni
 # %% ../../nbs/lib/04_tracing/12_coupling.ipynb #d56ab1f2
 import numbers
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -53,6 +54,10 @@ class Coupling:
         groups = {g.name: g for g in self.groups}
         return groups[one_of("group", name, list(groups))]
 
+    def places(self) -> Iterator[tuple[Group, str, int, np.ndarray]]:
+        """Iterate over (group, member, dimension, positions)."""
+        return places_of(self.groups)
+
     def plan(
         self,
         removed: dict,  # group name -> numbers of the units to remove
@@ -75,7 +80,7 @@ class Coupling:
     def without(self, reasons: dict[str, str]) -> "Coupling":
         """Return the same with some groups frozen: name -> reason."""
         rows = []
-        for g, name, d, positions in places_of(self.groups):
+        for g, name, d, positions in self.places():
             if g.name in reasons and not is_size(name):
                 rows.append((name, d, positions.size, reasons[g.name]))
         new = pd.DataFrame(rows, columns=self.frozen.columns)
@@ -88,7 +93,7 @@ class Coupling:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         totals = {g.name: np.zeros(g.units) for g in self.groups}
         places = {}  # parameter -> [(group, dimension, positions)]
-        for g, name, d, positions in places_of(self.groups):
+        for g, name, d, positions in self.places():
             if name in parameters:
                 places.setdefault(name, []).append((g.name, d, positions))
         for name, found in places.items():
@@ -108,7 +113,7 @@ class Coupling:
         for g in self.groups:
             rows[g.name] = dict(units=g.units, parameters=0, members=[])
             rows[g.name]["parameters"] = sum(not is_size(name) for name in g.members)
-        for g, name, d, _ in places_of(self.groups):
+        for g, name, d, _ in self.places():
             if not is_size(name):
                 rows[g.name]["members"].append(f"{name}[{d}]")
         table = pd.DataFrame(list(rows.values()), columns=["units", "parameters", "members"])
