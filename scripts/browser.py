@@ -120,6 +120,7 @@ def workspace(folder: Path, notebooks: list[Path]) -> Path:
 def small_run(folder: Path, method: str, ratio: float, name: str = "", **given) -> Experiment:
     """Run a real experiment of a few seconds in `folder/runs`, dense network included."""
     defaults = dict(of="macs", model="lenet", pretrain_epochs=2, epochs=3, samples=256)
+    defaults |= dict(refit=False, round_to="1", runtime="eager")
     where = dict(runs_dir=str(folder / "runs"), run_name=name or f"{method}-{ratio}")
     params = PruneParams(method=method, ratio=ratio, **(defaults | where | given))
     experiment = Experiment(params.validated())

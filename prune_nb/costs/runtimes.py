@@ -217,6 +217,7 @@ class Compiled(Runtime):
         """Return a network ready to run."""
         ready = Folded().ready(model, inputs)
         compiled = torch.compile(ready.run, dynamic=self.dynamic)
+        compiled(ready.convert(inputs))  # compiles now, so that a missing compiler shows here
         return ready._replace(run=compiled)
 
 

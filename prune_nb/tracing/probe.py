@@ -8,6 +8,7 @@ __all__ = ['SHARES', 'UNITS_OF_GROUP', 'RESHAPES', 'VIEWS', 'OTHER_PATH', 'MIXED
            'Probe']
 
 # %% ../../nbs/lib/04_tracing/11_probe.ipynb #probe-imports
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -259,7 +260,8 @@ class Rerun(Tracer):
         if self.compares:
             mine = log_operation(func, given, out)
             logged = self.logged_next((mine.name,) if mine.is_layout else ())
-            if not self.agrees(logged, mine):
+            is_other_layout = mine.is_layout and mine.name not in VIEWS
+            if not is_other_layout and not self.agrees(logged, mine):
                 self.read_leaves(mine.operands)
                 found = self.replace(logged)
                 return found[0] if isinstance(out, torch.Tensor) else found
@@ -268,15 +270,17 @@ class Rerun(Tracer):
     def fits(self, t: torch.Tensor, shape: tuple, r: torch.Tensor, is_layout: bool) -> bool:
         """Return whether `r` has the `shape` that `t` of the whole network should have.
 
-        Of a view only the dimensions with labels count: others may be sizes of other tensors.
+        Of a view only the dimensions with labels count: others may be sizes of other tensors. One
+        of another rank or size is another view, since a cut may change which of them run.
         """
         labels = getattr(t, AXIS_LABELS, None)
         if labels is None or shape == tuple(r.shape):
             return True
         if not is_layout:
             return False
-        dims = {d for f in labels for d in f.dims}
-        return r.dim() == t.dim() and all(shape[d] == r.shape[d] for d in dims)
+        if r.dim() != t.dim() or r.numel() != math.prod(shape):
+            return True
+        return all(shape[d] == r.shape[d] for f in labels for d in f.dims)
 
     def agrees(self, logged: LoggedOperation | None, mine: LoggedOperation) -> bool:
         """Return whether an operation gives results of the expected shapes, and note what differs."""
