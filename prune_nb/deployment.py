@@ -9,6 +9,8 @@ __all__ = ['TOLERANCE', 'MUCH', 'Served', 'quantize_onnx', 'worst_layers', 'Depl
 import copy
 import tempfile
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from prune_nb.costs.runtimes import (
     time_in_turns,
 )
 from .nested import FirstExamples, to_device
-from .profile import attention_fastpath_off
+from .profile import attention_fastpath_off, check_network, check_runs
 from .surgery.channels import plain_network
 from .surgery.export import first_size, resize_batch
 from .surgery.verify import VerificationError, max_relative_difference
@@ -148,7 +150,11 @@ class Deployment:
     def quantize(self, data: object, samples: int):
         """Make the file's weights and activations 8 bits wide."""
         *_, exported = self.steps.values()
-        self.batches = [exported.convert(b[0]) for b in FirstExamples(data, samples, cut=False)]
+        found = [batch[0] for batch in FirstExamples(data, samples, cut=False)]
+        if not found:
+            raise UserError("calibration gave no batch. Give at least one.")
+        check_runs(self.model, found[0])
+        self.batches = [exported.convert(x) for x in found]
         self.float32 = self.path.rename(self.path.with_name("float32.onnx"))
         quantize_onnx(self.float32, self.path, self.batches)
         self.add("in 8 bits", self.runtime.read(self.path, self.names), bound=float("inf"))
@@ -169,7 +175,7 @@ class Deployment:
             table.attrs["worst_layers"] = layers.to_dict()
         return table
 
-
+# %% ../nbs/lib/10_api/02_deploy.ipynb #dp-checks
 def _runtime_of_files(name: str, path: Path, int8: bool) -> FileRuntime:
     """Return a runtime that reads files. Raise a `UserError` where a choice does not fit."""
     valid = {n: r for n, r in RUNTIMES.items() if isinstance(r, FileRuntime)}
@@ -194,7 +200,7 @@ def _check_calibration(int8: bool, calibration: object):
         )
 
 
-def _in_words(write: Any, model: nn.Module, runtime: str):
+def _in_words(write: Callable, model: nn.Module, runtime: str):
     """Call `write`, and raise a `UserError` where the network cannot be written."""
     try:
         write()
@@ -207,7 +213,7 @@ def _in_words(write: Any, model: nn.Module, runtime: str):
             f"{type(e).__name__}: {said}"
         ) from e
 
-
+# %% ../nbs/lib/10_api/02_deploy.ipynb #dp-verb
 @kept_rng()
 def deploy(
     model: nn.Module,  # untouched; the network that was verified, or any other
@@ -229,6 +235,7 @@ def deploy(
     written; then nothing is written. Where 8 bits cost more than `MUCH` accuracy, the layers that
     change the outputs most are in `table.attrs["worst_layers"]`.
     """
+    check_network(model)
     path = Path(path)
     reader = _runtime_of_files(runtime, path, int8)
     _check_calibration(int8, calibration)
@@ -247,7 +254,7 @@ def deploy(
         steps = Deployment(model, inputs, reader, written)
         _in_words(steps.write, model, runtime)
         if int8:
-            steps.quantize(calibration, samples)
+            _in_words(partial(steps.quantize, calibration, samples), model, f"{runtime} in 8 bits")
         table = steps.table(data, repeats)
         path.parent.mkdir(parents=True, exist_ok=True)
         for file in sorted(Path(folder).glob(f"{path.stem}.*")):

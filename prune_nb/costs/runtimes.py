@@ -26,7 +26,14 @@ from torch import nn
 
 from ..core import UserError, check_count, kept_rng, one_of
 from ..nested import map_tensors, tensors_in, to_device
-from ..profile import attention_fastpath_off, call, count_macs, device_of
+from prune_nb.profile import (
+    attention_fastpath_off,
+    call,
+    check_network,
+    check_runs,
+    count_macs,
+    device_of,
+)
 from ..surgery.channels import plain_network
 from ..surgery.export import input_names, trace_program
 from ..surgery.verify import max_relative_difference
@@ -47,9 +54,9 @@ def _norm_pairs(model: nn.Module, inputs: object) -> list[tuple[str, str]]:
             calls[name] = calls.get(name, 0) + 1
             kept.append(out)  # else its id is given to another tensor
             if type(m) in NORMS:
-                readers[name] = writers.get(id(args[0]))
+                readers[name] = writers.get((id(args[0]), args[0]._version))
             else:
-                writers[id(out)] = name
+                writers[id(out), out._version] = name  # the version changes where it is written to
 
         return module.register_forward_hook(note)
 
@@ -101,6 +108,7 @@ def _fold(model: nn.Module, layer: str, norm: str) -> Callable:
     return undo
 
 
+@torch.inference_mode(False)
 @kept_rng()
 def fold_norms(
     model: nn.Module,  # untouched
@@ -220,7 +228,7 @@ class Compiled(Runtime):
         compiled(ready.convert(inputs))  # compiles now, so that a missing compiler shows here
         return ready._replace(run=compiled)
 
-
+# %% ../../nbs/lib/06_costs/02_runtimes.ipynb #rt-files
 class FileRuntime(Runtime):
     """Write the folded network to a file, and run what is read back from it."""
 
@@ -273,7 +281,7 @@ def _feeds(names: list[str], used: set[str]) -> Callable:
 
     return convert
 
-
+# %% ../../nbs/lib/06_costs/02_runtimes.ipynb #rt-onnx
 class OnnxRuntime(FileRuntime):
     """Run the folded network as ONNX in onnxruntime."""
 
@@ -347,7 +355,7 @@ class OpenVino(FileRuntime):
         size = sum(f.stat().st_size for f in files)
         return Ready(_feeds(names, used), request.infer, outputs, size)
 
-
+# %% ../../nbs/lib/06_costs/02_runtimes.ipynb #rt-registry
 RUNTIMES = {
     runtime.name: runtime
     for runtime in (
@@ -370,10 +378,14 @@ def find_runtime(name: str | Runtime) -> Runtime:
 def make_ready(model: nn.Module, inputs: object, runtime: str | Runtime) -> Ready:
     """Return a copy of a network ready to run in a runtime, on the inputs' device.
 
-    Raises a `UserError` where the runtime is not installed, or does not take the network.
+    Raises a `UserError` where the runtime is not installed, or does not take the network, and where
+    the network does not run on the inputs.
     """
+    check_network(model)
     runtime, model = find_runtime(runtime), plain_network(model)
     runtime.check(device_of(model))
+    check_runs(model, inputs)
+    inputs = to_device(inputs, device_of(model))
     try:
         with warnings.catch_warnings(action="ignore"), attention_fastpath_off(), torch.no_grad():
             return runtime.ready(copy.deepcopy(model).eval(), inputs)
@@ -454,6 +466,7 @@ def latency(
     Raises a `UserError` where the runtime is not installed, or does not take the network.
     """
     runtime = find_runtime(runtime)
+    check_network(model)
     device = device_of(model)
     inputs = to_device(inputs, device)
     networks = [model] if reference is None else [model, reference]
@@ -482,7 +495,7 @@ def efficiency(
 def speed_table(
     networks: dict[str, nn.Module],  # by their names; the first is the reference
     inputs: object,  # a batch of the size that matters
-    runtimes: tuple | list = ("eager", "folded", "onnxruntime"),
+    runtimes: tuple | list | str = ("eager", "folded", "onnxruntime"),
     warmup: int = 3,  # untimed rounds first
     repeats: int = 30,  # timed rounds
 ) -> pd.DataFrame:
@@ -490,6 +503,14 @@ def speed_table(
 
     All networks of a runtime are timed in turns. Speed-ups are of the least milliseconds of each.
     """
+    if not isinstance(networks, dict) or not networks:
+        raise UserError(
+            f"Invalid networks: {type(networks).__name__}. Pass a dict of names and networks, as "
+            "dict(dense=model, pruned=small); the first is the reference."
+        )
+    runtimes = (runtimes,) if isinstance(runtimes, str) else runtimes
+    for model in networks.values():
+        check_runs(model, inputs)
     macs = [count_macs(model, inputs) for model in networks.values()]
     device, rows = device_of(next(iter(networks.values()))), []
     inputs = to_device(inputs, device)

@@ -31,7 +31,7 @@ from ..budgets.allocation import allocate
 from ..core import UserError, derived_seed, write_atomic
 from ..costs.kinds import COSTS, Cost, find_cost
 from ..costs.latency import falling_multiples, multiple_for
-from ..costs.runtimes import efficiency, find_runtime, latency
+from ..costs.runtimes import efficiency, find_runtime, latency, make_ready
 from ..criteria.core import Scores, load_scores, save_scores, score
 from ..criteria.oracle import layer_oracle, predicted_increase
 from ..deployment import deploy
@@ -138,6 +138,8 @@ class Experiment:
         unique, wait = not p.run_name, self.wait
         self.run = open_run(p.runs_folder(), p.id, p.identity(), p.resume, unique, wait)
         with discard_on_error(self.run):
+            if p.runtime != "eager":  # what does not take the network is known before all work
+                make_ready(self.model, timed_images(self), p.runtime)
             self.stages["baseline"] = self.measure(self.model)
         return self.model
 
@@ -168,6 +170,7 @@ class Experiment:
                 set_start(self, model)
                 train(self, model, len(self.params.segments), run.path("training.safetensors"))
                 save(model, run.folder)
+                run.new = False  # what took long is not discarded by an error after it
             self.stages["finetuned"] = self.measure(model)
         return model
 

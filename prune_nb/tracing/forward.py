@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from ..core import UserError, rng_state, set_rng_state, untouched
 from ..nested import first_example, is_example, map_tensors, to_device
-from ..profile import attention_fastpath_off, call, device_of
+from ..profile import attention_fastpath_off, call, check_network, device_of
 from ..surgery.channels import INPUT, duplicate, tensors_of
 from . import attention, contractions, indexing, pointwise, reductions, views
 from .modules import rule_of
@@ -241,10 +241,7 @@ def watch_quickest(
 
     Raises a `UserError` for anything that is not a network or does not run on the inputs.
     """
-    if not isinstance(model, nn.Module):
-        raise UserError(
-            f"Invalid model: {model!r:.80}. Pass a network, an instance of torch.nn.Module."
-        )
+    check_network(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise UserError(
             "A TorchScript module runs code that cannot be watched. "

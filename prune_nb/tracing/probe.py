@@ -151,7 +151,7 @@ def error_text(e: Exception) -> str:
     what = " ".join(str(e).split())[:120]
     return f"the network's code fails when it is cut: {type(e).__name__}: {what}"
 
-
+# %% ../../nbs/lib/04_tracing/11_probe.ipynb #probe-reshape
 class FailedReshapes(TorchFunctionMode):
     """Let a rerun go on after a reshape that fails before any operation runs."""
 
@@ -167,7 +167,7 @@ class FailedReshapes(TorchFunctionMode):
                 raise
             return self.rerun.go_on(e, "reshape", VIEWS)[0]
 
-
+# %% ../../nbs/lib/04_tracing/11_probe.ipynb #probe-class
 class Rerun(Tracer):
     """Watch a cut network beside the log of the whole one, and go on after faults."""
 
