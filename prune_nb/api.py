@@ -21,7 +21,14 @@ from .core import UserError, check_count, renamed, untouched
 from .costs.kinds import Cost, find_cost
 from .costs.latency import falling_multiples, multiple_for
 from .costs.runtimes import find_runtime
-from .criteria.core import Scores, collector_of, find_method, register, score
+from prune_nb.criteria.core import (
+    Scores,
+    check_values,
+    collector_of,
+    find_method,
+    register,
+    score,
+)
 from .nested import FirstExamples, is_example
 from .profile import compare, device_of
 from .recovery.compensation import compensate
@@ -244,8 +251,9 @@ def prune(
     if round_to is None:
         round_to = "auto" if kind.needs_table else 1
     check_round_to(round_to)
-    find_runtime(runtime).check(device_of(model))
     check_data(data, method)
+    check_values(model)
+    find_runtime(runtime).check(device_of(model))
     if refit:
         check_refit_data(data)
     scores = score(

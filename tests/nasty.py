@@ -583,6 +583,124 @@ def where_and_maximum(m, x):
     return m.b(torch.where(y > 0, y, y.exp() - 1).maximum(y * 0.1).clamp(-2, 2))
 
 
+# --- zeros made of a width, draws, complex numbers, packed sequences ---
+
+
+def recurrence(m, x, h, ys=None):
+    """Run h = d * h + u over the tokens; write the states into `ys` where it is given."""
+    u, found = m.a(x), []
+    d = m.d(u).sigmoid()
+    for i in range(x.shape[1]):
+        h = d[:, i] * h + u[:, i]
+        if ys is not None:
+            ys[:, i] = h
+        found.append(h)
+    return m.o(torch.stack(found, 1) if ys is None else ys)
+
+
+SCAN = dict(inputs=tokens)
+SCANNED = "a.weight:0 d.weight:0 d.weight:1 o.weight:1"
+
+
+def scan_parts():
+    return dict(a=Linear(6, 16), d=Linear(16, 16), o=Linear(16, 4))
+
+
+@nasty(scan_parts, SCANNED, **SCAN)
+def zeros_of_a_shape(m, x):
+    return recurrence(m, x, torch.zeros(x.shape[0], m.a(x).shape[2]))
+
+
+@nasty(scan_parts, SCANNED, **SCAN)
+def zeros_like_another(m, x):
+    return recurrence(m, x, torch.zeros_like(m.a(x)[:, 0]), torch.zeros_like(m.a(x)))
+
+
+@nasty(lambda: scan_parts() | dict(d_inner=16), SCANNED, **SCAN)
+def zeros_of_an_attribute(m, x):
+    return recurrence(m, x, x.new_zeros(x.shape[0], m.d_inner))
+
+
+@nasty(scan_parts, frozen=SCANNED, refusable=True, **SCAN)
+def zeros_of_a_written_width(m, x):
+    return recurrence(m, x, torch.zeros(x.shape[0], 16))
+
+
+@nasty(scan_parts, "a.weight:0 d.weight:0", **SCAN)
+def values_that_are_not_zero_written_to_zeros(m, x):
+    y = torch.zeros_like(m.a(x))
+    for i in range(x.shape[1]):
+        y[:, i] += m.d(m.a(x[:, i])).sigmoid()
+    return m.o(y)
+
+
+@nasty(
+    lambda: dict(g=nn.GRU(6, 16, batch_first=True), o=Linear(16, 4), hidden=16),
+    "o.weight:1",
+    inputs=tokens,
+)
+def first_state_of_zeros(m, x):
+    return m.o(m.g(x, x.new_zeros(1, x.shape[0], m.hidden))[0])
+
+
+@nasty(
+    lambda: dict(a=Linear(6, 12), g=nn.LSTM(12, 16, batch_first=True), o=Linear(16, 4)),
+    "a.weight:0 o.weight:1",
+    inputs=tokens,
+)
+def packed_sequences(m, x):
+    lengths = torch.arange(x.shape[0], 0, -1).clamp(max=x.shape[1])
+    p = nn.utils.rnn.pack_padded_sequence(m.a(x).relu(), lengths, batch_first=True)
+    y, (h, _) = m.g(p)
+    return m.o(nn.utils.rnn.pad_packed_sequence(y, batch_first=True)[0]), m.o(h[-1])
+
+
+def rotated_parts():
+    return dict(q=Linear(6, 16), k=Linear(6, 16), v=Linear(6, 16), o=Linear(16, 4))
+
+
+@nasty(rotated_parts, "q.weight:0 k.weight:0 v.weight:0 o.weight:1", inputs=tokens)
+def complex_rotations_of_heads(m, x):
+    turn = torch.polar(torch.ones(x.shape[1], 1, 2), torch.arange(x.shape[1] * 2.0).view(-1, 1, 2))
+    q, k, v = (layer(x).unflatten(2, (-1, 4)) for layer in (m.q, m.k, m.v))
+    q, k = (torch.view_as_complex(t.unflatten(3, (2, 2))) * turn for t in (q, k))
+    q, k = (torch.view_as_real(t).flatten(3).transpose(1, 2) for t in (q, k))
+    y = F.scaled_dot_product_attention(q, k, v.transpose(1, 2))
+    return m.o(y.transpose(1, 2).flatten(2))
+
+
+@nasty(
+    lambda: dict(a=MultiheadAttention(16, 4, batch_first=True), i=Linear(6, 16), o=Linear(16, 4)),
+    "a.in_proj_weight:0",
+    inputs=tokens,
+)
+def weights_of_attention_thrown_away(m, x):
+    y = m.i(x)
+    return m.o(m.a(y, y, y)[0])
+
+
+@nasty(
+    lambda: dict(a=MultiheadAttention(16, 4, batch_first=True), i=Linear(6, 16), o=Linear(16, 4)),
+    frozen="a.in_proj_weight:0",
+    inputs=tokens,
+)
+def weights_of_attention_read(m, x):
+    y = m.i(x)
+    y, weights = m.a(y, y, y)
+    return m.o(y) + weights.mean()
+
+
+@nasty(two, "a.weight:0 b.weight:1")
+def fourier_transform_over_space(m, x):
+    return m.b(torch.fft.irfft2(torch.fft.rfft2(m.a(x)) * 0.5, s=x.shape[2:]))
+
+
+@nasty(lambda: dict(a=Linear(6, 16), b=Linear(16, 4)), "a.weight:0 b.weight:1", inputs=tokens)
+def distances_between_tokens(m, x):
+    y = m.a(x)
+    return m.b(y) + torch.cdist(y, y).mean()
+
+
 # --- sums and normalisations over channels ---
 
 

@@ -168,7 +168,7 @@ class UnitSearch:
             words = limiting_words(self.space, self.limits, target.cost)
             raise UserError(
                 f"Cannot remove {target.ratio:.1%} of the {noun}: 0 to {reachable:.1%} can be "
-                f"reached; {words}. Lower ratio or raise cap."
+                f"reached; {words}. Lower ratio or raise cap{self.space.way_out}."
             )
         n = target.place(order)[1]
         steps = n, min(n + 1, len(order))
@@ -315,7 +315,8 @@ class FormSearch:
         ends = "" if self.limits.given else "with one rank in every layer; "
         raise UserError(
             f"Cannot remove {ratio:.1%} of the {cost.noun}: 0 to {1 - least / total:.1%} can be "
-            f"reached, {ends}{limiting_words(self.space, self.limits, cost)}. Lower ratio."
+            f"reached, {ends}{limiting_words(self.space, self.limits, cost)}. "
+            f"Lower ratio{self.space.way_out}."
         )
 
 

@@ -63,6 +63,11 @@ class SearchSpace(Protocol):
     frozen: str = "layers without scores"
     finish_plan: Callable | None = None  # (plan, scores) -> plan, of the criterion
 
+    @property
+    def way_out(self) -> str:
+        """Return what else to do, in words, where a budget cannot be met."""
+        return "" if self.removes_channels else ", or try 'group_l2', which cuts channels"
+
     def limited(self, limits: dict) -> "SearchSpace":
         """Return the space within limits: group or layer -> (cap, floor, round_to)."""
         ...

@@ -321,7 +321,9 @@ def trace(
     tracer, out, kind = watch_quickest(model, example_inputs, heads)
     for t in check_outputs(model, out):
         tracer.freeze(t, "an output of the network")
+        tracer.note_read([t])
     unread = never_read(tracer)
+    tracer.leaves = tracer.sizes_of_zeros | tracer.leaves
     settle_slices(tracer)
     settle_groups(tracer)
     for split, axis in settle_splits(tracer.labels):

@@ -40,6 +40,7 @@ def apply_module_rule(tracer: Tracer, m: nn.Module, args: tuple, kwargs: dict, o
     """Attach to the results of a module the labels that its rule returns."""
     code = type(m).forward.__code__
     names = code.co_varnames[1 : code.co_argcount]
+    tracer.note_read(operand_tensors([*args, *kwargs.values()]))
     found = rule_of(type(m))(tracer, m, out=out, **dict(zip(names, args)) | kwargs)
     results = (out,) if isinstance(out, torch.Tensor) else out
     for t, labels in zip(results, found or []):

@@ -104,13 +104,12 @@ def _add_at_index(tracer, out, name, self, dim, index=None, source=None, src=Non
         others = [f for f in tracer.axis_labels(t) if dim not in f.dims]
         operands.append(Operand(others, range(t.dim()), t.shape))
     if not tracer.axis_labels(self):
-        operands = operands[1:]  # new zeros, of the width of what is added
+        operands = operands[1:]  # a new tensor, of the width of what is added
     why = f"is used by {name} with something that is always kept"
     return unite_terms(tracer.labels, operands, why)
 
 # %% ../../nbs/lib/04_tracing/07_indexing.ipynb #c36da37a
 NEW_TENSORS = """
-    zeros_like ones_like empty_like full_like
     rand_like randn_like new_zeros new_ones
     new_empty new_full new_empty_strided
     empty_strided scalar_tensor bernoulli
@@ -122,6 +121,12 @@ READ_VALUES = "_local_scalar_dense is_nonzero bucketize equal nonzero".split()
 @rule(*NEW_TENSORS)
 def _new_tensor(tracer, out, name, **_) -> None:
     """Give a new tensor no labels."""
+
+
+@rule("zeros_like", "ones_like", "full_like", "empty_like")
+def _like(tracer, out, name, self, **_) -> list:
+    """Give a new tensor the labels of the one whose shape it takes."""
+    return [f.with_quiet(name == "zeros_like") for f in tracer.axis_labels(self)]
 
 
 @rule(*READ_VALUES)

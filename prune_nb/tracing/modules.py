@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 from ..surgery.modules import PrunedMultiheadAttention, torchvision_attention
 from .labels import FIXED, AxisLabels, Split, labels_along
@@ -118,7 +119,7 @@ def _multihead_attention(
     if attn_mask is not None and attn_mask.dim() == 3:
         tracer.labels.freeze(heads, "the mask of attention is given for every head")
     if weights is not None:
-        tracer.labels.freeze(heads, "the weights of attention over all heads are asked for")
+        tracer.freeze_if_read(weights, heads, "the weights of attention over all heads are read")
     note_heads(tracer, heads, "num_heads")
     unite_projection(tracer, heads, m.out_proj)
     return [projected(tracer, y, m.out_proj), None]
@@ -164,9 +165,7 @@ def _relative_heads(tracer, m, x=None, out=None, **_) -> list:
 
 # %% ../../nbs/lib/04_tracing/09_modules.ipynb #6c34d9a7
 HIDDEN_KEPT = "a hidden feature is always kept"
-NO_RECURRENT_RULE = (
-    "a recurrent layer of packed sequences or with a projection, for which there is no rule"
-)
+NO_RECURRENT_RULE = "a recurrent layer with a projection, for which there is no rule"
 
 
 def _unite_hidden(tracer: Tracer, parameters: dict, hidden: np.ndarray):
@@ -203,19 +202,24 @@ def _states(given: object) -> tuple:
     return given if isinstance(given, tuple) else (given,)
 
 
+def _sequence(given: torch.Tensor | PackedSequence) -> torch.Tensor:
+    """Return what a recurrent layer is given or gives, the features last; of a packed one its data."""
+    return given.data if isinstance(given, PackedSequence) else given
+
+
 @module_rule(nn.RNN, nn.LSTM, nn.GRU)
 def _recurrent(tracer, m, input=None, hx=None, out=None, **_) -> None:
-    if not isinstance(input, torch.Tensor) or m.proj_size:
+    if m.proj_size:
         for p in m.parameters():
             tracer.freeze(p, NO_RECURRENT_RULE)
         return
-    inputs = feature_labels(tracer, input)
+    inputs = feature_labels(tracer, _sequence(input))
     hidden = _unite_layers(tracer, m, inputs)
     for t in _states(hx):
         tracer.labels.unite(feature_labels(tracer, t), hidden, "the first state is given")
     note_count(tracer, "hidden_size", hidden)
     note_count(tracer, "input_size", inputs)
-    y, last = out
+    y, last = _sequence(out[0]), out[1]
     for t in _states(last):
         tracer.set_axis_labels(t, [AxisLabels((t.dim() - 1,), hidden, True)])
     labels = np.tile(hidden, 2 if m.bidirectional else 1)

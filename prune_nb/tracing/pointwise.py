@@ -48,9 +48,16 @@ def operand(tracer: Tracer, t: torch.Tensor, letters: Sequence[int]) -> Operand:
     return Operand(tracer.axis_labels(t), letters, tuple(t.shape))
 
 
+def _sizes_held(t: torch.Tensor) -> tuple[int, ...]:
+    """Return the shape of a tensor, 1 where one index was expanded to several, as if broadcast."""
+    if t.is_nested or t.layout != torch.strided:
+        return tuple(t.shape)
+    return tuple(1 if step == 0 else n for n, step in zip(t.shape, t.stride()))
+
+
 def broadcast_operand(tracer: Tracer, t: torch.Tensor, rank: int) -> Operand:
     """Return a tensor as an operand of a result of `rank` dimensions, aligned at the last."""
-    return operand(tracer, t, range(rank - t.dim(), rank))
+    return Operand(tracer.axis_labels(t), range(rank - t.dim(), rank), _sizes_held(t))
 
 
 def letter_blocks(operands: Iterable[Operand]) -> list[tuple[int, ...]]:

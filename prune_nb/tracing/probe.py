@@ -201,6 +201,9 @@ class Rerun(Tracer):
                 found.append(AxisLabels((d,), kept, silenced))
         return [f for f in found if len(f.labels) > 1]
 
+    def label_zeros(self, t: torch.Tensor):
+        """Give zeros no new labels: they belong to no unit."""
+
     def logged_next(self, layouts: tuple = ()) -> LoggedOperation | None:
         """Return the whole network's record of the operation that runs, `None` if there is none.
 

@@ -116,6 +116,28 @@ def scale_and_shift(
     return [f.with_quiet(f.dims != (dim,) or weight is not None and f.quiet) for f in found]
 
 
+@rule("_fft_r2c", "_fft_c2c", "_fft_c2r")
+def _fourier(tracer, out, name, self, dim, **_) -> list:
+    why = "a Fourier transform over it needs all of it"
+    return mix_dimensions(tracer, self, [d % self.dim() for d in dim], why)
+
+
+@rule("cdist", "_cdist_forward", "_euclidean_dist")
+def _distances(tracer, out, name, x1, x2, **_) -> list:
+    """Return no labels: distances are sums over the features of both, which must be silenced."""
+    features = []
+    for t in (x1, x2):
+        tracer.freeze(t, "distances are between all of it", range(t.dim() - 1))
+        features += [f for f in tracer.axis_labels(t) if f.dims == (t.dim() - 1,)]
+    are_quiet = len(features) == 2 and all(f.quiet for f in features)
+    if are_quiet:
+        tracer.labels.unite(*[f.labels for f in features], "meets what is always kept in distances")
+        return []
+    for f in features:
+        tracer.labels.freeze(f.labels, "distances over it need all of it")
+    return []
+
+
 BATCH_NORMS = """
     native_batch_norm
     _native_batch_norm_legit

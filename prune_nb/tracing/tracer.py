@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RULES', 'POINTWISE', 'SIZE_ARGUMENTS', 'LAYOUT_OPERATIONS', 'SAME_SHAPE', 'AXIS_LABELS', 'WHOLE_TENSOR',
-           'NORMALIZERS', 'READ_VALUE', 'WIDTHS', 'rule', 'operand_tensors', 'no_rule', 'find_rule', 'is_pointwise',
-           'Operation', 'LoggedOperation', 'describe_operation', 'is_layout', 'log_operation', 'shortcut', 'Tracer',
-           'is_shape', 'note_count', 'note_width', 'note_shape', 'channel_labels', 'mix_dimensions', 'for_each_result',
-           'for_first_result', 'trace_function', 'label_table']
+           'NORMALIZERS', 'ZEROS', 'READ_VALUE', 'WIDTHS', 'rule', 'operand_tensors', 'no_rule', 'find_rule',
+           'is_pointwise', 'Operation', 'LoggedOperation', 'describe_operation', 'is_layout', 'log_operation',
+           'shortcut', 'Tracer', 'is_shape', 'note_count', 'note_width', 'note_shape', 'channel_labels',
+           'mix_dimensions', 'for_each_result', 'for_first_result', 'trace_function', 'label_table']
 
 # %% ../../nbs/lib/04_tracing/02_tracer.ipynb #a69984a8
 import functools
@@ -182,6 +182,7 @@ WHOLE_TENSOR = "removing it would remove a whole tensor"
 NORMALIZERS = re.compile("Norm|GRN|GlobalResponse")  # in the names of classes of modules
 
 
+ZEROS = frozenset("zeros new_zeros zeros_like".split())  # operations that make a tensor of zeros
 READ_VALUE = torch.ops.aten._local_scalar_dense.default  # of `item()`, `bool()`, `float()`
 
 
@@ -198,9 +199,11 @@ class Tracer(TorchDispatchMode):
         self.labels, self.heads = Labels(), heads
         self.named = {}  # id of a parameter or buffer -> (name, whether silenced with its labels)
         self.leaves = {}  # name of a parameter, buffer or size -> {dimension: labels}
+        self.sizes_of_zeros = {}  # the same, of sizes that new zeros have
         self.log = []  # of `LoggedOperation`
         self.modules = []  # (name, module) of those that run, the innermost last
         self.paused = 0  # how many of these are traced as a whole
+        self.if_read = {}  # id of a tensor -> (it, labels, why these are frozen where it is read)
         self.normalizers = set()  # names of modules that normalise over labels
         self.grouped = []  # (grouped convolution, name of the module that runs it)
         self.slices = {}  # slices of dimensions, until all are known
@@ -247,6 +250,17 @@ class Tracer(TorchDispatchMode):
             if dims is None or set(f.dims) & set(dims):
                 self.labels.freeze(f.labels, why)
 
+    def freeze_if_read(self, t: torch.Tensor, labels: np.ndarray, why: str):
+        """Keep `labels`, for the reason `why`, if something reads the tensor `t`."""
+        self.if_read[id(t)] = t, labels, why
+
+    def note_read(self, tensors: Iterable[torch.Tensor]):
+        """Note that tensors are read."""
+        for t in tensors:
+            found = self.if_read.pop(id(t), None)
+            if found is not None:
+                self.labels.freeze(*found[1:])
+
     @property
     def module(self) -> str:
         """The name of the module that runs."""
@@ -288,11 +302,35 @@ class Tracer(TorchDispatchMode):
         """Log one operation, and apply its rule where an operand has labels; return its result."""
         self.log.append(log_operation(func, given, out))
         operation, operands = describe_operation(func), operand_tensors(list(given.values()))
+        self.note_read(operands)
         if any(self.axis_labels(t) for t in operands):
             rule = find_rule(func, operation.name)
             found = rule(self, out, name=operation.name, **(operation.defaults | given))
             self.attach(out, found)
+            self.note_written(operation.name, out)
+        if operation.name in ZEROS:
+            self.label_zeros(out)
         return out
+
+    def label_zeros(self, t: torch.Tensor):
+        """Give dimensions of a tensor of zeros new labels, and note who holds their sizes.
+
+        It may take any width: the probe shows whether that follows the width of what it meets.
+        """
+        found = list(self.axis_labels(t))
+        known = {d for f in found for d in f.dims}
+        for d, n in enumerate(t.shape if t.is_floating_point() else ()):
+            if n > 1 and d not in known:
+                found.append(AxisLabels((d,), self.labels.new(n), True))
+                note_width(self, found[-1].labels, self.sizes_of_zeros)
+        self.set_axis_labels(t, found)
+
+    def note_written(self, name: str, t: object):
+        """Note that a tensor, into a part `t` of which something was written, may not be zero."""
+        base = t._base if name.endswith("_") and isinstance(t, torch.Tensor) else None
+        if base is None or all(f.quiet for f in self.axis_labels(t)):
+            return
+        self.set_axis_labels(base, [f.with_quiet(False) for f in self.axis_labels(base)])
 
     def attach(self, out: object, found: list | None):
         """Attach labels to the result of an operation, or to each of its results."""
@@ -311,7 +349,11 @@ WIDTHS = frozenset(
     attn_dim split_size attention_dim
     total_dim out_channels in_channels
     output_dim num_features dim_out out_dim
-    expand_chs
+    expand_chs inner d_inner inner_size hidden
+    hidden_features hidden_channels n_embd
+    d_hidden intermediate_size ffn_dim d_ff
+    d_state state_size state_dim embed_size
+    features planes units filters n_hidden
     """.split()
 )
 
@@ -330,24 +372,30 @@ def _place_of_size(held: object, n: int) -> int | None:
     return None
 
 
-def note_count(tracer: Tracer, attribute: str, labels: np.ndarray) -> bool:
+def note_count(
+    tracer: Tracer,
+    attribute: str,
+    labels: np.ndarray,
+    leaves: dict | None = None,  # where it is noted, `tracer.leaves` where None
+) -> bool:
     """Note that the running module holds the number of `labels` in `attribute`, if it does.
 
     Return whether it does.
     """
     name, module = tracer.modules[-1] if tracer.modules else ("", None)
     place = _place_of_size(getattr(module, attribute, None), len(labels))
+    leaves = tracer.leaves if leaves is None else leaves
     if place is not None:
-        tracer.leaves.setdefault(f"{name}:{attribute}", {place: labels})
+        leaves.setdefault(f"{name}:{attribute}", {place: labels})
     return place is not None
 
 
-def note_width(tracer: Tracer, labels: np.ndarray):
+def note_width(tracer: Tracer, labels: np.ndarray, leaves: dict | None = None):
     """Note every attribute named in `WIDTHS` in which the running module holds this number."""
     module = tracer.modules[-1][1] if tracer.modules else None
     for name, value in vars(module).items() if module else ():
         if name in WIDTHS and type(value) is int and value == len(labels):
-            note_count(tracer, name, labels)
+            note_count(tracer, name, labels, leaves)
 
 
 def note_shape(tracer: Tracer, dim: int, shape: tuple, labels: np.ndarray):

@@ -23,7 +23,15 @@ from prune_nb.tracing.labels import (
     varying_axes,
 )
 from .pointwise import Operand, block_labels, letter_blocks
-from .tracer import Tracer, channel_labels, note_shape, note_width, rule
+from prune_nb.tracing.tracer import (
+    Tracer,
+    channel_labels,
+    for_first_result,
+    mix_dimensions,
+    note_shape,
+    note_width,
+    rule,
+)
 
 # %% ../../nbs/lib/04_tracing/06_views.ipynb #da1fb4d9
 def move_dimensions(found: list[AxisLabels], places: dict[int, int]) -> list[AxisLabels]:
@@ -394,6 +402,35 @@ def _shuffle(tracer, out, name, self, **arguments) -> list:
         tracer.labels.splits.append(Split(table, (1, 0), tracer.module, "shuffled groups"))
         labels = table.T.reshape(-1)
     return [AxisLabels((dim,), labels, all(f.quiet for f in found))]
+
+
+@rule("view_as_complex", "view_as_complex_copy")
+def _as_complex(tracer, out, name, self) -> list:
+    last = self.dim() - 1
+    return mix_dimensions(tracer, self, [last], "the real and imaginary parts of numbers")
+
+
+@rule("view_as_real", "view_as_real_copy")
+def _as_real(tracer, out, name, self) -> list:
+    return tracer.axis_labels(self)
+
+
+@rule("_pack_padded_sequence")
+def _pack(tracer, out, name, input, **_) -> list:
+    """Give a packed sequence, steps of all examples x features, the labels of the features."""
+    why = "packed over it"
+    found = mix_dimensions(tracer, input, range(input.dim() - 1), why)
+    last = [f for f in found if f.dims == (input.dim() - 1,)]
+    return for_first_result([AxisLabels((out[0].dim() - 1,), f.labels, f.quiet) for f in last], out)
+
+
+@rule("_pad_packed_sequence")
+def _unpack(tracer, out, name, data, padding_value=0, **_) -> list:
+    tracer.freeze(data, "packed over it", range(data.dim() - 1))
+    found = [f for f in tracer.axis_labels(data) if f.dims == (data.dim() - 1,)]
+    last = out[0].dim() - 1
+    quiet = padding_value == 0
+    return for_first_result([AxisLabels((last,), f.labels, f.quiet and quiet) for f in found], out)
 
 
 @rule("unfold", "im2col")
