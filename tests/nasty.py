@@ -763,7 +763,7 @@ def fourier_over_channels(m, x):
     return m.b(torch.fft.fft(m.a(x), dim=1).real)
 
 
-@nasty(two, "a.weight:0 b.weight:1", refusable=True)
+@nasty(two, "a.weight:0 b.weight:1")
 def fourier_over_pixels(m, x):
     return m.b(torch.fft.rfft2(m.a(x)).abs())
 
@@ -1137,7 +1137,6 @@ def positions_in_a_buffer(m, i):
     lambda: dict(embed=nn.EmbeddingBag(20, 16), b=Linear(16, 4)),
     "embed.weight:1 b.weight:1",
     inputs=ids,
-    refusable=True,
 )
 def embedding_bag(m, i):
     return m.b(m.embed(i))

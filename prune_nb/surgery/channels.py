@@ -323,6 +323,7 @@ SIZES = {  # class of modules -> the sizes that follow from their tensors
     nn.RMSNorm: _layer_norm_sizes,
     nn.GroupNorm: _group_norm_sizes,
     nn.Embedding: _embedding_sizes,
+    nn.EmbeddingBag: _embedding_sizes,
     nn.PReLU: _prelu_sizes,
 }
 

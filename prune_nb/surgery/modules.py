@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['PRUNED_FORWARDS', 'DEFINED_IN', 'PrunedMultiheadAttention', 'stay_whole', 'adapt_multihead', 'split_windows',
-           'join_windows', 'window_mask', 'window_attention', 'relative_attention', 'torchvision_attention',
-           'has_pruned_forward', 'pruned_class', 'adapt_attention']
+           'join_windows', 'window_mask', 'Windows', 'film_windows', 'image_windows', 'pad_to_windows',
+           'without_key_bias', 'project_windows', 'attend_in_windows', 'image_attention', 'cosine_attention',
+           'film_attention', 'relative_attention', 'torchvision_attention', 'has_pruned_forward', 'pruned_class',
+           'adapt_attention']
 
 # %% ../../nbs/lib/05_surgery/02_modules.ipynb #1fea1eb7
 import functools
 import importlib
-from collections.abc import Sequence
+import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,14 @@ from torch import nn
 from .channels import SIZES
 
 # %% ../../nbs/lib/05_surgery/02_modules.ipynb #7d2adbff
+def _additive_mask(mask: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Return what is added to scores: minus infinity where a mask of truth values is set."""
+    if mask.dtype == torch.bool:
+        zeros = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
+        mask = zeros.masked_fill(mask, float("-inf"))
+    return mask
+
+
 class PrunedMultiheadAttention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` whose heads need not add up to its channels.
 
@@ -38,15 +49,23 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the result and the weights of attention, as the original does."""
         single, swapped = query.dim() == 2, self.batch_first and query.dim() == 3
-        query, key, value = (self._tokens_first(x) for x in (query, key, value))
+        query, key, value = (
+            self._tokens_first(query),
+            self._tokens_first(key),
+            self._tokens_first(value),
+        )
         q, k, v = self.project(query, key, value)
         mask = self.combine_masks(q, attn_mask, key_padding_mask)
         k, v, mask = self.add_tokens(k, v, mask)
-        p = torch.softmax(q @ k.mT / self.head_dim**0.5 + (0 if mask is None else mask), -1)
-        p = F.dropout(p, self.dropout, self.training)
+        scores = q @ k.transpose(2, 3) / self.head_dim**0.5
+        if mask is not None:
+            scores = scores + mask
+        p = F.dropout(scores.softmax(-1), self.dropout, self.training)
         y = (p @ v).permute(2, 0, 1, 3).flatten(2)
         out = F.linear(y, self.out_proj.weight, self.out_proj.bias)
-        weights = (p.mean(1) if average_attn_weights else p) if need_weights else None
+        weights: torch.Tensor | None = None
+        if need_weights:
+            weights = p.mean(1) if average_attn_weights else p
         if single:
             return out.squeeze(1), None if weights is None else weights.squeeze(0)
         return out.transpose(0, 1) if swapped else out, weights
@@ -57,18 +76,33 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
             return x.unsqueeze(1)
         return x.transpose(0, 1) if self.batch_first else x
 
+    def _split_heads(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return a projection of an input, n x h x tokens x d."""
+        y = F.linear(x, weight, bias)
+        return y.unflatten(-1, [self.num_heads, self.head_dim]).permute(1, 2, 0, 3)
+
     def project(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return queries, keys and values, n x h x tokens x d."""
-        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        if self.in_proj_weight is not None:
-            weights = self.in_proj_weight.chunk(3)
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        shape = (self.num_heads, self.head_dim)
-        return tuple(
-            F.linear(x, w, b).unflatten(-1, shape).permute(1, 2, 0, 3)
-            for x, w, b in zip((query, key, value), weights, biases)
+        packed, bias = self.in_proj_weight, self.in_proj_bias
+        if packed is not None:
+            q, k, v = packed.chunk(3)
+        else:
+            q, k, v = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        if bias is None:
+            return (
+                self._split_heads(query, q, None),
+                self._split_heads(key, k, None),
+                self._split_heads(value, v, None),
+            )
+        q_bias, k_bias, v_bias = bias.chunk(3)
+        return (
+            self._split_heads(query, q, q_bias),
+            self._split_heads(key, k, k_bias),
+            self._split_heads(value, v, v_bias),
         )
 
     def combine_masks(
@@ -78,35 +112,30 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
         key_padding_mask: torch.Tensor | None,
     ) -> torch.Tensor | None:
         """Return what is added to the scores, `None` where nothing is."""
-        n = q.shape[0]
+        added: torch.Tensor | None = None
+        if attn_mask is not None:
+            added = _additive_mask(attn_mask, q)
+            if added.dim() == 3:
+                added = added.view(q.shape[0], -1, added.shape[1], added.shape[2])
         if key_padding_mask is not None:
-            key_padding_mask = key_padding_mask.view(n, 1, 1, -1)
-        added = None
-        for mask in (attn_mask, key_padding_mask):
-            if mask is None:
-                continue
-            if mask.dtype == torch.bool:
-                zeros = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
-                mask = zeros.masked_fill(mask, float("-inf"))
-            if mask.dim() == 3:
-                mask = mask.view(n, -1, *mask.shape[1:])
-            added = mask if added is None else added + mask
+            padding = _additive_mask(key_padding_mask, q).view(q.shape[0], 1, 1, -1)
+            added = padding if added is None else added + padding
         return added
 
     def add_tokens(
         self, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return keys, values and mask with the learnt and the zero token that all queries see."""
-        n, h, _, d = k.shape
-        if self.bias_k is not None:
-            k, v = (
-                torch.cat([t, learnt.view(1, h, 1, d).expand(n, -1, -1, -1)], 2)
-                for t, learnt in ((k, self.bias_k), (v, self.bias_v))
-            )
+        n, h, d = k.shape[0], k.shape[1], k.shape[3]
+        bias_k, bias_v = self.bias_k, self.bias_v
+        if bias_k is not None and bias_v is not None:
+            k = torch.cat([k, bias_k.view(1, h, 1, d).expand(n, -1, -1, -1)], 2)
+            v = torch.cat([v, bias_v.view(1, h, 1, d).expand(n, -1, -1, -1)], 2)
         if self.add_zero_attn:
-            k, v = (torch.cat([t, t.new_zeros(n, h, 1, d)], 2) for t in (k, v))
+            zero = torch.zeros([n, h, 1, d], dtype=k.dtype, device=k.device)
+            k, v = torch.cat([k, zero], 2), torch.cat([v, zero], 2)
         if mask is not None:
-            mask = F.pad(mask, (0, k.shape[2] - mask.shape[-1]))
+            mask = F.pad(mask, [0, k.shape[2] - mask.shape[-1]])
         return k, v, mask
 
 
@@ -128,117 +157,170 @@ def adapt_multihead(m: nn.MultiheadAttention) -> dict:
 SIZES[nn.MultiheadAttention] = adapt_multihead
 
 # %% ../../nbs/lib/05_surgery/02_modules.ipynb #257e6460
-def split_windows(x: torch.Tensor, size: Sequence[int], shift: Sequence[int]) -> torch.Tensor:
+def split_windows(x: torch.Tensor, size: list[int], shift: list[int]) -> torch.Tensor:
     """Return batch x windows along each dimension x tokens of a window x channels.
 
     `x` is batch x space x channels, and is rolled by `shift` first.
     """
     n = len(size)
-    if any(shift):
-        x = x.roll([-s for s in shift], list(range(1, n + 1)))
+    if max(shift) > 0:
+        x = x.roll([-s for s in shift], [i + 1 for i in range(n)])
     shape = [x.shape[0]]
-    for length, s in zip(x.shape[1:], size):
-        shape += [length // s, s]
-    x = x.reshape(*shape, x.shape[-1])
-    windows, tokens = range(1, 2 * n, 2), range(2, 2 * n + 1, 2)
-    return x.permute(0, *windows, *tokens, 2 * n + 1).flatten(n + 1, 2 * n)
+    for i in range(n):
+        shape.append(x.shape[i + 1] // size[i])
+        shape.append(size[i])
+    shape.append(x.shape[n + 1])
+    windows, tokens = [2 * i + 1 for i in range(n)], [2 * i + 2 for i in range(n)]
+    return x.reshape(shape).permute([0] + windows + tokens + [2 * n + 1]).flatten(n + 1, 2 * n)
 
 
-def join_windows(x: torch.Tensor, size: Sequence[int], shift: Sequence[int]) -> torch.Tensor:
+def join_windows(x: torch.Tensor, size: list[int], shift: list[int]) -> torch.Tensor:
     """Return batch x space x channels: the inverse of `split_windows`."""
     n = len(size)
     order = [0]
-    for i in range(1, n + 1):
-        order += [i, n + i]
-    x = x.unflatten(n + 1, tuple(size)).permute(*order, 2 * n + 1)
+    for i in range(n):
+        order.append(i + 1)
+        order.append(n + i + 1)
+    order.append(2 * n + 1)
+    x = x.unflatten(n + 1, size).permute(order)
     for i in range(n):
         x = x.flatten(1 + i, 2 + i)
-    return x.roll(list(shift), list(range(1, n + 1))) if any(shift) else x
+    return x.roll(shift, [i + 1 for i in range(n)]) if max(shift) > 0 else x
 
 
 def window_mask(
-    space: Sequence[int], size: Sequence[int], shift: Sequence[int], device: torch.device
+    space: list[int], size: list[int], shift: list[int], device: torch.device
 ) -> torch.Tensor:
     """Return a mask that keeps tokens of a rolled window apart that were not neighbours.
 
     Its shape is windows along each dimension x 1 x tokens x tokens.
     """
-    region = torch.zeros(tuple(space), device=device)
-    for i, (n, k, s) in enumerate(zip(space, size, shift)):
-        borders = torch.tensor([n - k, n - s] if s else [n], device=device)
+    region = torch.zeros(space, device=device)
+    for i in range(len(size)):
+        n, k, s = space[i], size[i], shift[i]
+        borders = torch.tensor([n - k, n - s] if s > 0 else [n], device=device)
         part = torch.bucketize(torch.arange(n, device=device), borders, right=True)
-        region = 3 * region + part.view(-1, *[1] * (len(size) - 1 - i))
+        region = 3 * region + part.view([-1] + [1] * (len(size) - 1 - i))
     region = split_windows(region[None, ..., None], size, [0] * len(size))[0, ..., 0]
     apart = region[..., None] != region[..., None, :]
-    return torch.where(apart, -100.0, 0.0)[..., None, :, :]
+    return torch.zeros(apart.shape, device=device).masked_fill(apart, -100.0)[..., None, :, :]
 
 # %% ../../nbs/lib/05_surgery/02_modules.ipynb #2e8a2116
-def _windows_of(m: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
-    """Return the padded input of `m`, and the size and shift of its windows.
+class Windows(NamedTuple):
+    """Hold the size and the shift of windows along each dimension of space."""
 
-    Windows of films are no larger than the film. A dimension of one window is not shifted.
-    """
-    space, size = x.shape[1:-1], list(m.window_size)
-    is_film = len(size) == 3
-    if is_film:
-        size = [min(k, n) for k, n in zip(size, space)]
+    size: list[int]
+    shift: list[int]
+
+
+def film_windows(space: list[int], size: list[int], shift: list[int]) -> Windows:
+    """Return windows of films, which are no larger than the film."""
+    size = [min(size[i], space[i]) for i in range(len(size))]
+    return Windows(size, [0 if size[i] >= space[i] else shift[i] for i in range(len(size))])
+
+
+def image_windows(space: list[int], size: list[int], shift: list[int]) -> Windows:
+    """Return windows of images, which are padded to whole windows; one window is not shifted."""
+    padded = [space[i] + (-space[i]) % size[i] for i in range(len(size))]
+    return Windows(size, [0 if size[i] >= padded[i] else shift[i] for i in range(len(size))])
+
+
+def pad_to_windows(x: torch.Tensor, size: list[int]) -> torch.Tensor:
+    """Return `x`, batch x space x channels, padded to whole windows."""
     padding = [0, 0]
-    for n, k in zip(reversed(space), reversed(size)):
-        padding += [0, -n % k]
-    x = F.pad(x, padding)
-    lengths = space if is_film else x.shape[1:-1]
-    shift = [0 if k >= n else s for k, n, s in zip(size, lengths, m.shift_size)]
-    return x, size, shift
+    for i in range(len(size)):
+        last = len(size) - 1 - i
+        padding.append(0)
+        padding.append((-x.shape[last + 1]) % size[last])
+    return F.pad(x, padding)
 
 
-def _project_windows(m: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+def without_key_bias(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the bias of queries, keys and values with zeros for keys."""
+    if bias is None:
+        return None
+    q_bias, k_bias, v_bias = bias.chunk(3)
+    return torch.cat([q_bias, torch.zeros_like(k_bias), v_bias])
+
+
+def project_windows(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    heads: int,
+    windows: Windows,
+) -> torch.Tensor:
     """Return (queries, keys, values) x windows x h x tokens x d."""
-    bias = m.qkv.bias
-    if getattr(m, "logit_scale", None) is not None and bias is not None:  # keys have no bias
-        q_bias, k_bias, v_bias = bias.chunk(3)
-        bias = torch.cat([q_bias, torch.zeros_like(k_bias), v_bias])
-    rows = F.linear(windows, m.qkv.weight, bias).unflatten(-1, (3, m.num_heads, -1))
+    x = split_windows(pad_to_windows(x, windows.size), windows.size, windows.shift)
+    rows = F.linear(x, weight, bias).unflatten(-1, [3, heads, weight.shape[0] // (3 * heads)])
     return rows.movedim(-3, 0).transpose(-3, -2)
 
 
-def _window_scores(m: nn.Module, q: torch.Tensor, k: torch.Tensor, size: list) -> torch.Tensor:
-    """Return the scores of attention in windows, with the bias of relative positions."""
-    scale = getattr(m, "logit_scale", None)
-    if scale is None:
-        scores = q @ k.mT / q.shape[-1] ** 0.5
-    else:
-        cosines = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
-        scores = cosines * scale.clamp(max=4.605170185988092).exp()  # at most 100
-    sizes = (size,) if len(size) == 3 else ()
-    return scores + m.get_relative_position_bias(*sizes)
+def attend_in_windows(
+    x: torch.Tensor,  # batch x space x channels
+    scores: torch.Tensor,
+    values: torch.Tensor,
+    windows: Windows,
+    weight: torch.Tensor,  # of the last projection, as the bias
+    bias: torch.Tensor | None,
+    dropouts: list[float],  # of attention and of the result
+) -> torch.Tensor:
+    """Return attention among the tokens of every window, batch x space x channels."""
+    size, shift = windows.size, windows.shift
+    if max(shift) > 0:
+        padded = [x.shape[i + 1] + (-x.shape[i + 1]) % size[i] for i in range(len(size))]
+        scores = scores + window_mask(padded, size, shift, x.device)
+    p = F.dropout(scores.softmax(-1), dropouts[0], dropouts[0] > 0)
+    y = F.linear((p @ values).transpose(-3, -2).flatten(-2), weight, bias)
+    y = join_windows(F.dropout(y, dropouts[1], dropouts[1] > 0), size, shift)
+    for i in range(len(size)):
+        y = y.narrow(i + 1, 0, x.shape[i + 1])
+    return y.contiguous()
 
 
-def window_attention(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return attention of `m` in the windows of `x`, batch x space x channels."""
-    space = x.shape[1:-1]
-    x, size, shift = _windows_of(m, x)
-    q, k, v = _project_windows(m, split_windows(x, size, shift))
-    scores = _window_scores(m, q, k, size)
-    if any(shift):
-        scores = scores + window_mask(x.shape[1:-1], size, shift, x.device)
-    p = F.dropout(scores.softmax(-1), m.attention_dropout, m.training)
-    y = F.linear((p @ v).transpose(-3, -2).flatten(-2), m.proj.weight, m.proj.bias)
-    y = join_windows(F.dropout(y, m.dropout, m.training), size, shift)
-    return y[(slice(None), *(slice(n) for n in space))].contiguous()
+def image_attention(self, x: torch.Tensor) -> torch.Tensor:
+    """Return attention in the windows of images, batch x height x width x channels."""
+    windows = image_windows(x.shape[1:-1], self.window_size, self.shift_size)
+    q, k, v = project_windows(x, self.qkv.weight, self.qkv.bias, self.num_heads, windows).unbind(0)
+    scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5 + self.get_relative_position_bias()
+    dropouts = [self.attention_dropout, self.dropout] if self.training else [0.0, 0.0]
+    return attend_in_windows(x, scores, v, windows, self.proj.weight, self.proj.bias, dropouts)
 
 
-def relative_attention(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return attention of MaxViT's `m` among the tokens of `x`, batch x groups x tokens x channels."""
-    rows = m.to_qkv(x).unflatten(-1, (3, m.n_heads, m.head_dim))
-    q, k, v = rows.movedim(-3, 0).transpose(-3, -2)
-    scores = q @ (k * m.scale_factor).mT + m.get_relative_positional_bias()
-    return m.merge((scores.softmax(-1) @ v).transpose(-3, -2).flatten(-2))
+def cosine_attention(self, x: torch.Tensor) -> torch.Tensor:
+    """Return what `image_attention` does, of cosines with a learnt scale, as in the second Swin."""
+    windows = image_windows(x.shape[1:-1], self.window_size, self.shift_size)
+    bias = without_key_bias(self.qkv.bias)
+    q, k, v = project_windows(x, self.qkv.weight, bias, self.num_heads, windows).unbind(0)
+    cosines = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+    scale = self.logit_scale.clamp(max=math.log(100.0)).exp()
+    scores = cosines * scale + self.get_relative_position_bias()
+    dropouts = [self.attention_dropout, self.dropout] if self.training else [0.0, 0.0]
+    return attend_in_windows(x, scores, v, windows, self.proj.weight, self.proj.bias, dropouts)
+
+
+def film_attention(self, x: torch.Tensor) -> torch.Tensor:
+    """Return attention in the windows of films, batch x time x height x width x channels."""
+    windows = film_windows(x.shape[1:-1], self.window_size, self.shift_size)
+    q, k, v = project_windows(x, self.qkv.weight, self.qkv.bias, self.num_heads, windows).unbind(0)
+    scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+    scores = scores + self.get_relative_position_bias(windows.size)
+    dropouts = [self.attention_dropout, self.dropout] if self.training else [0.0, 0.0]
+    return attend_in_windows(x, scores, v, windows, self.proj.weight, self.proj.bias, dropouts)
+
+
+def relative_attention(self, x: torch.Tensor) -> torch.Tensor:
+    """Return attention of MaxViT among tokens, batch x groups x tokens x channels."""
+    rows = self.to_qkv(x).unflatten(-1, [3, self.n_heads, self.head_dim])
+    q, k, v = rows.movedim(-3, 0).transpose(-3, -2).unbind(0)
+    scores = q @ (k * self.scale_factor).transpose(-2, -1) + self.get_relative_positional_bias()
+    return self.merge((scores.softmax(-1) @ v).transpose(-3, -2).flatten(-2))
 
 # %% ../../nbs/lib/05_surgery/02_modules.ipynb #8b41db01
 PRUNED_FORWARDS = {  # name of a class of torchvision -> the forward of a cut one
-    "ShiftedWindowAttention": window_attention,
-    "ShiftedWindowAttentionV2": window_attention,
-    "ShiftedWindowAttention3d": window_attention,
+    "ShiftedWindowAttention": image_attention,
+    "ShiftedWindowAttentionV2": cosine_attention,
+    "ShiftedWindowAttention3d": film_attention,
     "RelativePositionalMultiHeadAttention": relative_attention,
 }
 

@@ -10,7 +10,7 @@ import torch
 
 from .labels import AxisLabels
 from .pointwise import Operand, broadcast_operand, unite_terms
-from .tracer import Tracer, operand_tensors, rule
+from .tracer import Tracer, for_first_result, operand_tensors, rule
 
 # %% ../../nbs/lib/04_tracing/07_indexing.ipynb #54403cb3
 @rule("embedding")
@@ -20,6 +20,13 @@ def _embedding(tracer, out, name, weight, indices, **_) -> list:
     last = out.dim() - 1
     columns = [f for f in tracer.axis_labels(weight) if f.dims == (1,)]
     return [AxisLabels((last,), f.labels, f.quiet) for f in columns]
+
+
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def _embedding_bag(tracer, out, name, weight, **_) -> list:
+    tracer.freeze(weight, "rows are looked up by value", [0])
+    columns = [f for f in tracer.axis_labels(weight) if f.dims == (1,)]
+    return for_first_result(columns, out)
 
 # %% ../../nbs/lib/04_tracing/07_indexing.ipynb #70c2f324
 def dimension_after_index(
