@@ -701,6 +701,39 @@ def distances_between_tokens(m, x):
     return m.b(y) + torch.cdist(y, y).mean()
 
 
+@nasty(
+    lambda: dict(a=Linear(6, 16), b=nn.Bilinear(16, 16, 12), c=Linear(12, 4)),
+    "a.weight:0 b.weight:0 b.weight:1 b.weight:2 c.weight:1",
+    inputs=tokens,
+)
+def bilinear_products(m, x):
+    y = m.a(x).relu()
+    return m.c(m.b(y, y))
+
+
+@nasty(
+    lambda: dict(a=Linear(6, 16), b=Linear(16, 4), c=Linear(16, 16)),
+    "a.weight:0 b.weight:1",
+    inputs=lambda: (torch.eye(5).roll(1, 0), torch.randn(5, 6)),
+)
+def sparse_products(m, edges, x):
+    y = torch.sparse.mm(edges.to_sparse(), m.a(x))
+    return edges.to_sparse() @ m.b((y + m.c(y)).relu())
+
+
+@nasty(
+    lambda: dict(a=Linear(6, 16), m=Linear(32, 16), b=Linear(16, 4)),
+    "a.weight:0 m.weight:0 m.weight:1 b.weight:1",
+    inputs=lambda: (torch.randn(7, 6), torch.randint(7, (2, 9))),
+)
+def messages_added_in_place(m, x, edges):
+    y = m.a(x).relu()
+    sent = m.m(torch.cat([y[edges[0]], y[edges[1]]], -1)).relu()
+    place = edges[1][:, None].expand_as(sent)
+    total = torch.zeros_like(y).index_add_(0, edges[1], sent).scatter_add_(0, place, sent)
+    return m.b(total + torch.zeros_like(y).scatter_reduce_(0, place, sent, "amax"))
+
+
 # --- sums and normalisations over channels ---
 
 

@@ -31,14 +31,19 @@ class VerificationError(RuntimeError):
     """Report that the smaller network does not compute what the masked original does."""
 
 # %% ../../nbs/lib/05_surgery/11_verify.ipynb #9c4e1f74
+def _can_vary(t: torch.Tensor) -> bool:
+    """Return whether a tensor holds numbers that may be changed, in rows and columns."""
+    return t.is_floating_point() and t.layout == torch.strided
+
+
 def random_like(inputs: object, g: torch.Generator) -> object:
     """Return inputs of the same structure, their floating-point values drawn from a standard normal.
 
-    Whole numbers, such as token ids, are unchanged.
+    Whole numbers, such as token ids, and sparse tensors are unchanged.
     """
 
     def draw(t: torch.Tensor) -> torch.Tensor:
-        if not t.is_floating_point():
+        if not _can_vary(t):
             return t
         return torch.randn(t.shape, generator=g, dtype=t.dtype)
 
@@ -46,7 +51,7 @@ def random_like(inputs: object, g: torch.Generator) -> object:
 
 # %% ../../nbs/lib/05_surgery/11_verify.ipynb #nearby01
 def _float_tensors(inputs: object) -> list:
-    return [t for t in tensors_in(inputs) if t.is_floating_point() and t.numel()]
+    return [t for t in tensors_in(inputs) if _can_vary(t) and t.numel()]
 
 
 def nearby(inputs: object, g: torch.Generator) -> object:
@@ -56,7 +61,7 @@ def nearby(inputs: object, g: torch.Generator) -> object:
     """
 
     def change(t: torch.Tensor) -> torch.Tensor:
-        if not t.is_floating_point():
+        if not _can_vary(t):
             return t
         return t * (1 + 0.1 * torch.rand(t.shape, generator=g, dtype=t.dtype))
 

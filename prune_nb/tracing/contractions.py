@@ -80,7 +80,7 @@ def _matrix_product(tracer, out, name, self, **other) -> list:
     return contract(tracer, self, x_letters, w, w_letters, result, "a matrix product")
 
 
-@rule("addmm", "baddbmm", "addmv")
+@rule("addmm", "baddbmm", "addmv", "_sparse_addmm")
 def _matrix_product_and_bias(tracer, out, name, self, beta=1, alpha=1, **two) -> list:
     x, w = (v for v in two.values() if isinstance(v, torch.Tensor))
     product = "bmm" if name == "baddbmm" else "mm"
@@ -94,6 +94,18 @@ def _linear(tracer, out, name, input, weight, bias) -> list:
     result = [*range(n - 1), n]
     found = contract(tracer, input, list(range(n)), weight, [n, n - 1], result, name)
     return add_bias(tracer, out, found, bias, out.dim() - 1, name)
+
+
+@rule("_trilinear")
+def _bilinear(
+    tracer, out, name, i1, i2, i3, expand1, expand2, expand3, sumdim, **_
+) -> list[AxisLabels]:
+    """Return the labels of a product of three, each without the dimensions that it lacks."""
+    rank, operands = i1.dim() + len(expand1), []
+    for t, lacking in ((i1, expand1), (i2, expand2), (i3, expand3)):
+        operands.append(operand(tracer, t, [d for d in range(rank) if d not in lacking]))
+    result = [d for d in range(rank) if d not in sumdim]
+    return contract_operands(tracer, operands, set(sumdim), result, "a bilinear product")
 
 # %% ../../nbs/lib/04_tracing/04_contractions.ipynb #bb6f77e6
 CHANNELS_OF_GROUP = "the channels of a group, which are removed with the group"
@@ -173,6 +185,17 @@ def _convolution(tracer, out, name, input, weight, bias, transposed=False, group
     else:
         found = _trace_grouped(tracer, x, w, input, weight, groups, transposed)
     return add_bias(tracer, out, found, bias, 1, "the bias of a convolution")
+
+
+@rule("deform_conv2d")
+def _deformable(
+    tracer, out, name, input, weight, offset, mask, bias, groups=1, offset_groups=1, **_
+) -> list[AxisLabels]:
+    for t in (offset, mask):
+        tracer.freeze(t, "offsets and masks of a deformable convolution")
+    if offset_groups > 1:
+        tracer.freeze(input, "groups of channels have offsets of their own", [1])
+    return _convolution(tracer, out, name, input, weight, bias, groups=groups)
 
 
 def settle_groups(tracer: Tracer):

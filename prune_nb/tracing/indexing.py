@@ -88,7 +88,7 @@ def _taken_over(tracer: Tracer, t: torch.Tensor, src: torch.Tensor) -> list[Axis
     return list(found)
 
 # %% ../../nbs/lib/04_tracing/07_indexing.ipynb #515ef9a8
-@rule("copy_", "copy", "index_put_", "scatter_", "scatter", "slice_scatter", "index_add_")
+@rule("copy_", "copy", "index_put_", "scatter_", "scatter", "slice_scatter")
 def _write(tracer, out, name, self, src=None, **arguments) -> list:
     if name in ("copy_", "copy") and src is not None:
         found = _taken_over(tracer, self, src)
