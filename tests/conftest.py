@@ -1,4 +1,4 @@
-"""Run papermill in processes of its own, two at a time; train a baseline once; find CIFAR.
+"""Run papermill in processes of its own; train a baseline once in each of two workers; find CIFAR.
 
 Python must write bytecode: else every process compiles all that it imports again, which is more
 than half of its work.
@@ -150,38 +150,22 @@ def cifar_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def early_runs(request, pool, tmp_path_factory) -> dict:
-    """Start what many tests wait for before the first of them, if a selected test asks for it."""
-    asked = set()
-    for item in request.session.items:
-        asked.update(item.fixturenames)
-    shipped = ROOT / "runs/published/resnet20-cifar10"
-    cifar = dict(dataset="cifar10", model="resnet20", epochs=1, train_size=1024, samples=256)
-    runs = dict(default_run=dict(method="eigendamage", runtime=None, round_to=None))
-    runs["baseline"] = dict(notebook="pretrain", model="lenet", epochs=4)
-    if (ROOT / "data/cifar-10-batches-py").is_dir():
-        runs = dict(cifar_run=cifar | dict(checkpoint=shipped)) | runs
-    return {
-        name: pool.submit(execute, tmp_path_factory.mktemp(name), **parameters)
-        for name, parameters in runs.items()
-        if name in asked
-    }
-
-
-@pytest.fixture(scope="session")
-def default_run(early_runs) -> Executed:
+def default_run(tmp_path_factory) -> Executed:
     """Run the default command, but for the folder of the runs."""
-    return early_runs["default_run"].result()
+    folder = tmp_path_factory.mktemp("default_run")
+    return execute(folder, method="eigendamage", runtime=None, round_to=None)
 
 
 @pytest.fixture(scope="session")
-def cifar_run(cifar_dir, early_runs) -> Executed:
-    return early_runs["cifar_run"].result()
+def cifar_run(cifar_dir, tmp_path_factory) -> Executed:
+    small = dict(dataset="cifar10", model="resnet20", epochs=1, train_size=1024, samples=256)
+    shipped = ROOT / "runs/published/resnet20-cifar10"
+    return execute(tmp_path_factory.mktemp("cifar_run"), checkpoint=shipped, **small)
 
 
 @pytest.fixture(scope="session")
-def baseline(early_runs) -> Path:
+def baseline(tmp_path_factory) -> Path:
     """Return the run folder of a LeNet, trained on digits by nbs/pretrain.ipynb."""
-    done = early_runs["baseline"].result()
+    done = execute(tmp_path_factory.mktemp("baseline"), "pretrain", model="lenet", epochs=4)
     assert done.returncode == 0, done.stderr
     return done.run("pretrain")
