@@ -6,8 +6,7 @@
 __all__ = ['load_data', 'create_model', 'fit', 'evaluate', 'prune', 'Result', 'verify', 'save', 'load', 'export', 'trace',
            'Coupling', 'score', 'Scores', 'methods_table', 'allocate', 'Plan', 'apply_plan', 'refit', 'compensate',
            'save_plan', 'load_plan', 'save_scores', 'load_scores', 'count_params', 'count_macs', 'latency',
-           'latency_ms', 'speed_table', 'deploy', 'latency_table', 'latency_report', 'register', 'UserError',
-           'VerificationError']
+           'speed_table', 'deploy', 'latency_table', 'latency_report', 'register', 'UserError', 'VerificationError']
 
 # %% ../nbs/lib/10_api/03_public.ipynb #fdd4f765
 from importlib import import_module as _import_module
@@ -43,7 +42,6 @@ _all_ = [
     "count_params",
     "count_macs",
     "latency",
-    "latency_ms",
     "speed_table",
     "deploy",
     "latency_table",
@@ -82,7 +80,6 @@ _MODULES = {
     "count_params": "profile",
     "count_macs": "profile",
     "latency": "costs.runtimes",
-    "latency_ms": "profile",
     "speed_table": "costs.runtimes",
     "deploy": "deployment",
     "latency_table": "costs.latency",
@@ -119,7 +116,7 @@ if TYPE_CHECKING:
     from prune_nb.data import load_data
     from prune_nb.deployment import deploy
     from prune_nb.models import create_model
-    from prune_nb.profile import count_macs, count_params, latency_ms
+    from prune_nb.profile import count_macs, count_params
     from prune_nb.recovery.compensation import compensate
     from prune_nb.recovery.refit import refit
     from prune_nb.surgery.export import export, load, save

@@ -22,17 +22,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from prune_nb.api import apply_plan, prune  # noqa: E402
 from prune_nb.budgets.allocation import allocate  # noqa: E402
 from prune_nb.core import derived_seed, load_tensors, save_json, save_tensors  # noqa: E402
+from prune_nb.costs.runtimes import make_ready, time_in_turns  # noqa: E402
 from prune_nb.criteria.core import score  # noqa: E402
 from prune_nb.curvature.ekfac import layer_bases, second_moments  # noqa: E402
 from prune_nb.curvature.kfac import collect  # noqa: E402
 from prune_nb.data import dataset_info, load_data  # noqa: E402
 from prune_nb.models import create_model  # noqa: E402
-from prune_nb.profile import count_macs, count_params, latencies_ms  # noqa: E402
+from prune_nb.profile import count_macs, count_params, device_of  # noqa: E402
 from prune_nb.recovery.refit import refit  # noqa: E402
 from prune_nb.runs import log, open_run, phase_seconds, rewind, time_phase, versions  # noqa: E402
 from prune_nb.surgery.export import load, load_weights, save  # noqa: E402
@@ -462,6 +464,13 @@ def pruned_of(source, job):
     return [n for n in names if (job.out / n / "plan.json").exists()]
 
 
+def median_ms(models: list, x, repeats: int) -> list[float]:
+    """Return the median milliseconds of one call of each network, timed in turns."""
+    ready = [make_ready(m, x, "eager") for m in models]
+    ms = time_in_turns(ready, x, device_of(models[0]), 10, repeats)
+    return np.median(ms, 0).tolist()
+
+
 def time_family(stage, job, source):
     """Time a dense network with its pruned ones in turns, in float32 and in bfloat16."""
     baseline, names = job.stage(source), pruned_of(source, job)
@@ -470,10 +479,10 @@ def time_family(stage, job, source):
         model = load(job.out / name, lambda: job.model(baseline))
         models.append(model.to(job.device))
     x = next(iter(job.data(baseline, stage.batch).test))[0]
-    single = latencies_ms(models, x, 10, stage.repeats)
+    single = median_ms(models, x, stage.repeats)
     fast = [m.to(torch.bfloat16, memory_format=torch.channels_last) for m in models]
     x = x.to(torch.bfloat16, memory_format=torch.channels_last)
-    half = latencies_ms(fast, x, 10, stage.repeats)
+    half = median_ms(fast, x, stage.repeats)
     times = zip([source, *names], single, half)
     return {name: dict(float32=a, bfloat16=b) for name, a, b in times}
 

@@ -734,6 +734,32 @@ def messages_added_in_place(m, x, edges):
     return m.b(total + torch.zeros_like(y).scatter_reduce_(0, place, sent, "amax"))
 
 
+class Leaky(nn.Module):
+    """A spiking neuron, which remembers its potential from call to call."""
+
+    def __init__(self):
+        super().__init__()
+        self.potential = None
+
+    def forward(self, x):
+        before = torch.zeros_like(x) if self.potential is None else self.potential
+        potential = 0.9 * before + x
+        spikes = (potential > 0.5).to(x.dtype)
+        self.potential = potential - spikes
+        return spikes
+
+
+@nasty(
+    lambda: two() | dict(spikes=Leaky()),
+    "a.weight:0 b.weight:1",
+    inputs=lambda: torch.randn(2, 3, 8, 8),
+)
+def spiking_neurons(m, x):
+    "Reset the state before every call."
+    m.spikes.potential = None
+    return m.b(m.spikes(m.a(x)) + m.spikes(m.a(x)))
+
+
 # --- sums and normalisations over channels ---
 
 

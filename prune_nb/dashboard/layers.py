@@ -28,6 +28,7 @@ from ..api import apply_plan
 from ..budgets.allocation import Allocation, Budget
 from ..core import UserError, one_of, renamed
 from ..costs.kinds import COSTS, find_cost
+from ..costs.runtimes import latency as time_network
 from prune_nb.criteria.core import (
     METHODS,
     Scores,
@@ -40,7 +41,6 @@ from ..criteria.groups import side_of
 from ..criteria.spaces import STRATEGIES
 from .view import View, html_table, live_chart, short_number, tiles
 from ..figures import GROUPS, KEPT, NEUTRAL, REMOVED
-from ..profile import latencies_ms
 from ..surgery.channels import Group
 from ..surgery.plan import Plan
 from ..tracing.coupling import Coupling, trace
@@ -1048,7 +1048,8 @@ class Layers(BudgetPanel):
                 self.say("Measuring accuracy ...")
                 measured["accuracy"] = [evaluate(m, self.test)["accuracy"] for m in pair]
             self.say("Measuring latency ...")
-            measured["latency"] = latencies_ms(pair, self.example, 3, 20)
+            timing = time_network(self.result.model, self.example, reference=self.model, repeats=20)
+            measured["latency"] = [timing.reference.ms, timing.ms]
             self.measured = measured
         self.show_tiles()
         self.say(
