@@ -280,3 +280,40 @@ def test_layers_without_factors_get_a_method_that_takes_them(layers, inputs):
         prune(model, data, ratio=0.25, cost="units", progress=False)
     assert len(str(error.value)) <= 300
     assert prune(model, data, "group_l2", 0.25, "units", progress=False).plan.cuts
+
+
+class Neighbours(nn.Module):
+    """Add what the neighbours of every node give: the nodes of a graph are no examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x, edges):
+        y = self.a(x).relu()
+        return self.b(torch.zeros_like(y).index_add(0, edges[1], y[edges[0]]))
+
+
+def graphs():
+    graph = (torch.randn(6, 3), torch.tensor([[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]]))
+    return [(graph, torch.randint(2, (6,)))]
+
+
+@pytest.mark.parametrize("method", ["taylor_weight", "gate_obd", "curvature_tucker", "kron_obs"])
+def test_batches_that_cannot_be_cut_are_taken_whole(method):
+    scores = score(Neighbours(), graphs(), method, samples=4, fisher="empirical", progress=False)
+    found = scores.layers or scores.groups
+    assert found["a"].saliency.isfinite().all()
+
+
+def test_gradients_of_single_examples_need_examples():
+    with pytest.raises(UserError, match="does not run on one example of a batch") as e:
+        score(Neighbours(), graphs(), "taylor_output", progress=False)
+    assert len(str(e.value)) <= 300
+
+
+def test_second_derivatives_that_pytorch_lacks():
+    bags = nn.Sequential(nn.EmbeddingBag(20, 8), nn.Linear(8, 3))
+    words = [(torch.randint(20, (4, 5)), torch.randint(3, (4,)))]
+    with pytest.raises(UserError, match="PyTorch has no second derivative here"):
+        score(bags, words, "gate_obd", progress=False)

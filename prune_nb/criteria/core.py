@@ -10,6 +10,7 @@ __all__ = ['METHODS', 'COLLECTORS', 'ELSEWHERE', 'MEASURES', 'REDUCTIONS', 'NORM
            'ignored_layers', 'check_samples', 'check_values', 'score', 'collect_all']
 
 # %% ../../nbs/lib/07_criteria/03_core.ipynb #db978907
+import dataclasses
 import importlib
 import json
 import sys
@@ -39,12 +40,12 @@ from prune_nb.criteria.scores import (  # noqa: F401
 )
 from .spaces import ChannelSpace, DirectionSpace, FormSpace, SearchSpace
 from ..losses import check_loss_function
-from ..nested import is_example
+from ..nested import FirstExamples, first_example, is_example
 from ..profile import count_macs, count_params
 from ..surgery.channels import plain_network
 from ..surgery.plan import signature
 from ..tracing.coupling import Coupling, trace
-from ..tracing.forward import example_of
+from ..tracing.forward import example_of, runs_alone
 
 # %% ../../nbs/lib/07_criteria/03_core.ipynb #af985c1a
 _all_ = [
@@ -296,6 +297,21 @@ class ScoringContext:
         return example_of(self.model, self.data)
 
     @cached_property
+    def cuts_batches(self) -> bool:
+        """Return whether a part of a batch can be taken: whether the network runs on one example.
+
+        The nodes of one graph are no such parts.
+        """
+        return is_example(self.data) or runs_alone(self.model, first_example(self.data))
+
+    def on_whole_batches(self) -> "ScoringContext":
+        """Return the context with its `samples` rounded up to whole batches, where they are cut."""
+        if self.samples is None or self.cuts_batches:
+            return self
+        whole = FirstExamples(self.data, self.samples, cut=False)
+        return dataclasses.replace(self, data=whole, samples=None)
+
+    @cached_property
     def coupling(self) -> Coupling:
         """Return the coupling without the groups that have a part in an ignored layer."""
         whole = trace(self.model, self.example)
@@ -518,7 +534,8 @@ def score(
     check_loss_function(loss)
     options = (samples, fisher, loss, seed, ignore, reduction, normalization, progress)
     criteria = [METHODS[n]() for n in names]
-    found = collect_all(ScoringContext(model, data, *options, criteria))
+    context = ScoringContext(model, data, *options, criteria)
+    found = collect_all(context.on_whole_batches())
     return found[names[0]] if single else {n: found[n] for n in names}
 
 

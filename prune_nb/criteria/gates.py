@@ -302,6 +302,26 @@ def _change_examples(
     return tuple(map_tensors(one, part) for part in batch)
 
 
+def _of_one_example(gates: Gates, batch: tuple, x: Any, y: Any) -> Derivatives:
+    """Return the derivatives of one example.
+
+    Raise a `UserError` where the network runs on a whole batch alone, or not even on that.
+    """
+    try:
+        return differentiate(gates, x, y)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        with torch.no_grad():
+            call_on_batch(gates.model, batch[0])
+        said = " ".join(str(error).split())[:100]
+        raise UserError(
+            "This method needs the gradient of every example alone, and "
+            f"{type(gates.model).__name__} does not run on one example of a batch: {said}. "
+            "Choose a method that takes means over batches, such as 'taylor_weight'."
+        ) from error
+
+
 def example_gradients(
     gates: Gates,
     x: Any,  # inputs of a batch
@@ -318,11 +338,11 @@ def example_gradients(
     try:
         every = vmap(grad_and_value(loss), (None, *dims), randomness="same")
         return ExampleDerivatives(*every(gates.ones, *single))
-    except RuntimeError:
+    except (RuntimeError, IndexError, ValueError):
         found = []
         for i in range(n):
             one = _change_examples(batch, n, lambda t, i=i: t[i : i + 1])
-            found.append(differentiate(gates, *one))
+            found.append(_of_one_example(gates, batch, *one))
     gradients = {}
     for g in gates.ones:
         gradients[g] = torch.stack([f.gradients[g] for f in found])
@@ -342,6 +362,12 @@ def hessian_diagonal(
     for e in torch.eye(len(z), dtype=z.dtype, device=z.device).split(chunk):
         try:
             h = twice(e, is_grads_batched=True)[0]
+        except NotImplementedError as error:
+            said = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"PyTorch has no second derivative here: {said} Choose a method of first "
+                "derivatives, such as 'taylor_gate'."
+            ) from error
         except RuntimeError:
             h = torch.stack([twice(v)[0] for v in e])
         parts.append((h * e).sum(1))

@@ -131,7 +131,7 @@ def _moment_samples(context: ScoringContext, stats: dict, momentum: float) -> in
     """Return how many examples the moments are measured on; all when None."""
     wanted = [c.moments for c in context.criteria if c.moments and c.momentum == momentum]
     share = max(wanted, default=1)
-    if share >= 1:
+    if share >= 1 or not context.cuts_batches:
         return context.samples
     return math.ceil(share * next(iter(stats.values())).examples)
 
