@@ -97,25 +97,7 @@ def _mix_one_dimension(tracer, out, name, self, dim=-1, **_) -> list:
     found = mix_dimensions(tracer, self, [dim % self.dim()], why)
     return for_each_result([f.with_quiet(False) for f in found], out)
 
-# %% ../../nbs/lib/04_tracing/05_reductions.ipynb #bd174968
-def scale_and_shift(
-    tracer: Tracer,
-    out: torch.Tensor,
-    found: list[AxisLabels],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    dim: int,  # of the result, along which both are vectors
-    name: str,
-) -> list[AxisLabels]:
-    """Return the labels of a normalised tensor after a scale and a shift.
-
-    It is quiet along `dim` where both can be silenced.
-    """
-    for w in (weight, bias):
-        found = add_bias(tracer, out, found, w, dim, name)
-    return [f.with_quiet(f.dims != (dim,) or weight is not None and f.quiet) for f in found]
-
-
+# %% ../../nbs/lib/04_tracing/05_reductions.ipynb #fourier-rules
 @rule("_fft_r2c", "_fft_c2c", "_fft_c2r")
 def _fourier(tracer, out, name, self, dim, **_) -> list:
     why = "a Fourier transform over it needs all of it"
@@ -136,6 +118,24 @@ def _distances(tracer, out, name, x1, x2, **_) -> list:
     for f in features:
         tracer.labels.freeze(f.labels, "distances over it need all of it")
     return []
+
+# %% ../../nbs/lib/04_tracing/05_reductions.ipynb #bd174968
+def scale_and_shift(
+    tracer: Tracer,
+    out: torch.Tensor,
+    found: list[AxisLabels],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    dim: int,  # of the result, along which both are vectors
+    name: str,
+) -> list[AxisLabels]:
+    """Return the labels of a normalised tensor after a scale and a shift.
+
+    It is quiet along `dim` where both can be silenced.
+    """
+    for w in (weight, bias):
+        found = add_bias(tracer, out, found, w, dim, name)
+    return [f.with_quiet(f.dims != (dim,) or weight is not None and f.quiet) for f in found]
 
 
 BATCH_NORMS = """

@@ -384,26 +384,7 @@ def _pad(tracer, out, name, self, pad=None, padding=None, value=0, **_) -> list:
         found = padded
     return found
 
-# %% ../../nbs/lib/04_tracing/06_views.ipynb #89f123b8
-@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
-def _shuffle(tracer, out, name, self, **arguments) -> list:
-    dim = self.dim() - 3 if "pixel" in name else 1
-    found = tracer.axis_labels(self)
-    labels = channel_labels(tracer, found, dim)
-    if labels is None:
-        return []
-    if name == "pixel_shuffle":
-        table = labels.reshape(out.shape[-3], -1)
-        labels = tracer.labels.unite_along(table, (1,))[:, 0]
-    elif name == "pixel_unshuffle":
-        labels = np.repeat(labels, arguments["downscale_factor"] ** 2)
-    else:
-        table = labels.reshape(arguments["groups"], -1)
-        tracer.labels.splits.append(Split(table, (1, 0), tracer.module, "shuffled groups"))
-        labels = table.T.reshape(-1)
-    return [AxisLabels((dim,), labels, all(f.quiet for f in found))]
-
-
+# %% ../../nbs/lib/04_tracing/06_views.ipynb #complex-rules
 @rule("view_as_complex", "view_as_complex_copy")
 def _as_complex(tracer, out, name, self) -> list:
     last = self.dim() - 1
@@ -431,6 +412,25 @@ def _unpack(tracer, out, name, data, padding_value=0, **_) -> list:
     last = out[0].dim() - 1
     quiet = padding_value == 0
     return for_first_result([AxisLabels((last,), f.labels, f.quiet and quiet) for f in found], out)
+
+# %% ../../nbs/lib/04_tracing/06_views.ipynb #89f123b8
+@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
+def _shuffle(tracer, out, name, self, **arguments) -> list:
+    dim = self.dim() - 3 if "pixel" in name else 1
+    found = tracer.axis_labels(self)
+    labels = channel_labels(tracer, found, dim)
+    if labels is None:
+        return []
+    if name == "pixel_shuffle":
+        table = labels.reshape(out.shape[-3], -1)
+        labels = tracer.labels.unite_along(table, (1,))[:, 0]
+    elif name == "pixel_unshuffle":
+        labels = np.repeat(labels, arguments["downscale_factor"] ** 2)
+    else:
+        table = labels.reshape(arguments["groups"], -1)
+        tracer.labels.splits.append(Split(table, (1, 0), tracer.module, "shuffled groups"))
+        labels = table.T.reshape(-1)
+    return [AxisLabels((dim,), labels, all(f.quiet for f in found))]
 
 
 @rule("unfold", "im2col")
