@@ -126,7 +126,8 @@ UNCOMPARED = (torch.nn.Module, torch.Generator, FunctionType, MethodType)  # no 
 
 DROPOUTS = frozenset(
     """
-    dropout dropout_ alpha_dropout
+    dropout dropout_ dropout1d dropout2d
+    dropout3d alpha_dropout
     alpha_dropout_ feature_dropout
     feature_dropout_ feature_alpha_dropout
     feature_alpha_dropout_ native_dropout
@@ -144,8 +145,9 @@ class NothingDropped(TorchFunctionMode):
             x = args[0] if args else kwargs["input"]
             y = x if name.endswith("_") or kwargs.get("inplace") else x.clone()
             return (y, torch.ones_like(x, dtype=torch.bool)) if name.startswith("native") else y
-        if name == "scaled_dot_product_attention" and kwargs.get("dropout_p"):
-            kwargs = kwargs | dict(dropout_p=0.0)
+        if name == "scaled_dot_product_attention":
+            args, kwargs = (*args[:4], *[0.0] * len(args[4:5]), *args[5:]), kwargs.copy()
+            kwargs.pop("dropout_p", None)
         return func(*args, **kwargs)
 
 

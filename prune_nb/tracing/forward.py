@@ -20,6 +20,7 @@ from ..core import UserError, rng_state, set_rng_state, untouched
 from ..nested import first_example, is_example, map_tensors, to_device
 from ..profile import attention_fastpath_off, call, check_network, device_of
 from ..surgery.channels import INPUT, duplicate, tensors_of
+from ..surgery.verify import NothingDropped
 from . import attention, contractions, indexing, pointwise, reductions, views
 from .modules import rule_of
 from .tracer import AXIS_LABELS, Tracer, note_width, operand_tensors
@@ -189,7 +190,15 @@ def watch(
     inputs = map_tensors(convert, inputs)
     rng = rng_state()
     try:
-        with torch.no_grad(), fake_log_off(), mode, attention_fastpath_off(), hooks, tracer:
+        with (
+            torch.no_grad(),
+            fake_log_off(),
+            mode,
+            attention_fastpath_off(),
+            NothingDropped(),
+            hooks,
+            tracer,
+        ):
             out = call(twin, inputs)
             if never_read(tracer):
                 out = out, _run_in_training(tracer, twin, inputs)
