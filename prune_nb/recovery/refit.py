@@ -61,8 +61,8 @@ def cross_products(
     "Return the sum over examples and output positions of y times the patch read there, C_out x D."
     z, geo = materialize_padding(z, geo)
     z = F.pad(z, geo.padding)
-    weight = y.new_empty(1).expand(y.shape[1], z.shape[1], *geo.kernel)
-    where = geo.stride, [0, 0], geo.dilation, False, [0, 0], 1
+    weight = y.new_empty(1).expand(y.shape[1], z.shape[1] // geo.groups, *geo.kernel)
+    where = geo.stride, [0, 0], geo.dilation, False, [0, 0], geo.groups
     gradients = torch.ops.aten.convolution_backward(
         y, z, weight, None, *where, [False, True, False]
     )
@@ -95,17 +95,21 @@ class Moments:
             self.gram[key] = self.gram.get(key, 0) + part.double()
         self.cross = self.cross + cross_products(z, y, self.geo).double()
         self.n = self.n + y[:, 0].numel()
-        self.z = self.z + patch_sum(z, self.geo)[0].double()
+        self.z = self.z + patch_sum(z, self.geo).double()
         self.y = self.y + y.sum((0, 2, 3)).double()
 
     def means(self, bias: torch.Tensor | None = None, centred: bool = False) -> tuple:
-        "Return A and C: of y without the bias, or, where `centred`, about the means of z and y."
-        A = assemble(self.gram, self.geo)[0] / self.n
-        C = self.cross / self.n
-        z = self.z / self.n
+        """Return A, groups x D x D, and C, groups x rows x D.
+
+        C is of y without the bias; where `centred`, both are about the means of z and y.
+        """
+        A = assemble(self.gram, self.geo) / self.n
+        C = (self.cross / self.n).unflatten(0, (self.geo.groups, -1))
+        z = (self.z / self.n)[:, None]
         if centred:
-            return A - torch.outer(z, z), C - torch.outer(self.y / self.n, z)
-        return A, C if bias is None else C - torch.outer(bias.double(), z)
+            y = (self.y / self.n).view(self.geo.groups, -1, 1)
+            return A - z.mT * z, C - y * z
+        return A, C if bias is None else C - bias.double().view(self.geo.groups, -1, 1) * z
 
 # %% ../../nbs/lib/09_recovery/01_refit.ipynb #89d83c43
 def ridge_cholesky(A: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -319,7 +323,8 @@ def layer_moments(
         x = to_device(x, device)
         for z, y in zip(call(pruned, x), call(dense, x)):
             moments.add(z, y)
-    return moments.means(parts[-1].bias, bool(use.norm))
+    A, C = moments.means(parts[-1].bias, bool(use.norm))
+    return A[0], C[0]
 
 # %% ../../nbs/lib/09_recovery/01_refit.ipynb #57810428
 def solve_factors(
