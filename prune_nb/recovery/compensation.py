@@ -29,16 +29,17 @@ from prune_nb.recovery.refit import (
 from ..surgery.plan import Plan
 
 # %% ../../nbs/lib/09_recovery/04_compensation.ipynb #c0mp0007
-def reads_fewer(plan: Plan, name: str) -> bool:
+def reads_fewer(model: nn.Module, plan: Plan, name: str) -> bool:
     """Return whether the plan removes input channels of a layer."""
-    return len(plan.removed.get(f"{name}.weight", {}).get(1, ())) > 0
+    inputs = 0 if getattr(model.get_submodule(name), "transposed", False) else 1
+    return len(plan.removed.get(f"{name}.weight", {}).get(inputs, ())) > 0
 
 
-def layers_behind(plan: Plan, uses: Iterable[str]) -> list[str]:
+def layers_behind(model: nn.Module, plan: Plan, uses: Iterable[str]) -> list[str]:
     """Return the layers from the first that reads fewer channels on; `uses` gives their order."""
     names = list(uses)
     for i, name in enumerate(names):
-        if reads_fewer(plan, name):
+        if reads_fewer(model, plan, name):
             return names[i:]
     return []
 
@@ -164,7 +165,7 @@ def compensate(
         model.eval()
         small.eval()
         uses = layer_uses(model, layers, first_inputs(data))
-        names = layers_behind(plan, uses)
+        names = layers_behind(model, plan, uses)
         for name in Progress(names, "compensation") if progress else names:
             layer, rows = small.get_submodule(name), remaining_rows(model, plan.removed, name)
             why = why_unsolved(model.get_submodule(name), layer, len(rows))
